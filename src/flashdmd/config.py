@@ -1,0 +1,273 @@
+"""The recipe of a run: strict, frozen, YAML in. Unknown keys are errors."""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from flashdmd.algorithm import Method
+from flashdmd.errors import UserError
+
+Rate = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+ALIASES = {  # what other tools call it: its name here
+    "dfake_gen_update_ratio": "method.ttur",
+    "generator_update_interval": "method.ttur",
+    "student_update_freq": "method.ttur",
+    "dmd_denoising_steps": "method.student_timesteps",
+    "denoising_step_list": "method.student_timesteps",
+    "t_list": "method.student_timesteps",
+    "real_guidance_scale": "method.teacher_guidance_scale",
+    "real_score_guidance_scale": "method.teacher_guidance_scale",
+    "guidance_scale": "method.teacher_guidance_scale",
+    "gan_loss_weight_gen": "method.gan_loss_weight",
+    "pretrained_teacher_model": "model.pretrained_model_name_or_path",
+    "batch_size": "train.train_batch_size",
+    "max_iter": "train.max_train_steps",
+    "lr": "train.learning_rate",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    pretrained_model_name_or_path: str = "emoji-score"  # a pipeline folder, emoji-score, emoji-flow
+    reward_model_name_or_path: str | None = (
+        "emoji-reward"  # a folder, emoji-reward; None: stage 1 only
+    )
+
+
+class Data(Section):
+    train_data_dir: str = "emoji"  # real pictures for the discriminator: the embedded world
+    prompts: str | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
+
+
+class Train(Section):
+    arm: Literal["flash-dmd", "dmd2"] = "flash-dmd"
+    max_train_steps: Annotated[int, Field(ge=0)] = 1000  # GENERATOR updates of stage 1 (paper: 1k)
+    joint_train_steps: Annotated[int, Field(ge=0)] = 400  # generator updates of stage 2; 0: none
+    stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
+    train_batch_size: Count = 64  # images an iteration (paper: 64 SDXL, 32 SD3)
+    gradient_accumulation_steps: Literal[1] = 1
+    learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL
+    fake_score_learning_rate: Rate = 1e-6  # [DEF] psi
+    discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights
+    preference_learning_rate: Rate = 1e-6  # [DEF] G in stage 2, with Adam moments of its own
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # DMD2
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
+    adam_weight_decay: Rate = 0.01  # DMD2
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 10.0  # DMD2, full fine-tuning
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
+    mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
+    checkpoints_total_limit: Count | None = 2  # None keeps all
+    gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
+    discriminator_width: Count = 128  # channels of the heads (ADM: 256)
+
+    @field_validator("gan_calibration_steps")
+    @classmethod
+    def _rises(cls, window: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= window[0] < window[1]:
+            raise ValueError(f"gan_calibration_steps={list(window)} must rise from 0 or more")
+        return window
+
+
+class Validation(Section):
+    prompts: tuple[str, ...] = ()  # shown in the report; none: prompts of the embedded world
+    num_prompts: Annotated[int, Field(ge=8)] = 276  # measured, one picture each
+    teacher_steps: Count = 50
+    seed: Annotated[int, Field(ge=0)] = 1234  # of the starting noise, the same for every arm
+
+
+class Recipe(Section):
+    model: Model = Model()
+    data: Data = Data()
+    method: Method = Method()
+    train: Train = Train()
+    validation: Validation = Validation()
+    output_dir: str = "runs/flashdmd"
+
+    @model_validator(mode="after")
+    def _stages(self) -> "Recipe":
+        if self.train.arm == "dmd2" and self.train.joint_train_steps:
+            raise ValueError(
+                "train.arm=dmd2 has no second stage; set train.joint_train_steps=0 or use flash-dmd"
+            )
+        if self.train.joint_train_steps and not self.method.preference_timesteps:
+            raise ValueError(
+                "train.joint_train_steps is not 0 but method.preference_timesteps is empty: name "
+                "the steps at which candidates are drawn, or set train.joint_train_steps=0"
+            )
+        if self.train.joint_train_steps and self.model.reward_model_name_or_path is None:
+            raise ValueError(
+                "train.joint_train_steps is not 0 but there is no model.reward_model_name_or_path: "
+                "stage 2 needs a latent reward model"
+            )
+        return self
+
+
+def keys() -> dict[str, list[str]]:
+    """Every valid key, section by section; `output_dir` stands alone."""
+    method = list(Method.__dataclass_fields__)
+    sections: dict[str, type[Section]] = {
+        "model": Model,
+        "data": Data,
+        "train": Train,
+        "validation": Validation,
+    }
+    found = {name: list(section.model_fields) for name, section in sections.items()}
+    return {**found, "method": method, "output_dir": []}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word")
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice (line {line})"
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(  # YAML 1.2's truths: `no` is a word
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(  # YAML 1.2's floats: the dot is optional before an exponent
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse(text: str, where: str) -> Any:
+    """One YAML document. Raises UserError that names `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from e
+
+
+def load(path: Path, overrides: list[str]) -> Recipe:
+    """The recipe in `path` with `section.key=value` overrides applied after it.
+
+    Raises UserError for a file that cannot be read, an unknown key or a value that does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8 text") from e
+    except OSError as e:
+        raise UserError(f"the recipe {path} cannot be read: {e.strerror or e}") from e
+    content = parse(text, str(path))
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a recipe is sections of keys")
+    check_keys(content, str(path))
+    return build(apply(content, overrides), str(path))
+
+
+def apply(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`content` with `section.key=value` put in, values read as YAML."""
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, _, key = name.partition(".")
+        if not equals:
+            raise UserError(f"{override!r} is not an override; write section.key=value")
+        value = parse(text, f"the value of {override!r}")
+        given: dict[Any, Any] = {section: {key: value}} if key else {section: value}
+        check_keys(given, f"the override {override!r}")
+        if key:
+            result[section] = {**(result.get(section) or {}), key: value}
+        else:
+            result[section] = value
+    return result
+
+
+def check_keys(content: dict[Any, Any], where: str) -> None:
+    """Raises UserError for the first key that is none of a recipe's, with the nearest that is."""
+    valid = keys()
+    for section, inner in content.items():
+        if section not in valid:
+            raise UserError(unknown(str(section), list(valid), where, valid))
+        if not valid[section]:
+            continue
+        if inner is not None and not isinstance(inner, dict):
+            raise UserError(f"{where}: {section} must hold keys, such as {valid[section][0]}")
+        for key in inner or {}:
+            if key not in valid[section]:
+                raise UserError(unknown(f"{section}.{key}", valid[section], where, valid))
+
+
+def unknown(name: str, near: list[str], where: str, valid: dict[str, list[str]]) -> str:
+    """The message for an unknown key: what it is called here, or the nearest, and all there are."""
+    key = name.rpartition(".")[2]
+    everywhere = {k: f"{s}.{k}" for s, ks in valid.items() for k in ks}
+    if key in ALIASES:
+        hint = f"; here it is called {ALIASES[key]}"
+    elif key in everywhere:
+        hint = f"; did you mean {everywhere[key]}?"
+    elif close := difflib.get_close_matches(key, [*near, *everywhere], n=1, cutoff=0.5):
+        hint = f"; did you mean {everywhere.get(close[0], close[0])}?"
+    else:
+        hint = ""
+    return f"{where}: unknown key {name!r}{hint}\nvalid here: {', '.join(near)}"
+
+
+def build(content: dict[str, Any], where: str) -> Recipe:
+    """Validates a whole recipe; one line for each thing that is wrong."""
+    filled = {k: v for k, v in content.items() if v is not None}
+    try:
+        return Recipe.model_validate(filled)
+    except ValidationError as e:
+        lines = [describe(error) for error in e.errors()]
+        raise UserError(f"{where}: " + "\n".join(lines)) from e
+
+
+def describe(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if not name or error["type"] == "value_error":
+        return message if not name else f"{name}: {message}"
+    return f"{name}={error['input']!r}: {message}"
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that loads back to an equal recipe."""
+    content = json.loads(recipe.model_dump_json())
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return TypeAdapter(Recipe).json_schema()

@@ -1,0 +1,158 @@
+"""The loop that trains the embedded artefacts: resumable, logged, with an averaged copy.
+
+Step n draws everything from (seed, n), so a fit that was stopped goes on as if it had not been.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flashdmd.files import replace_folder
+from flashdmd.seeds import seed_of
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how fast. The learning rate warms up, stays, and falls to 0 over `cooldown`."""
+
+    max_train_steps: int
+    learning_rate: float
+    folder: Path
+    seed: int = 0
+    warmup: int = 200
+    cooldown: float = 0.25  # share of the steps
+    ema_decay: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    checkpoint_s: float = 120.0
+
+    def rate(self, step: int) -> float:
+        falling = (self.max_train_steps - step) / max(1, self.cooldown * self.max_train_steps)
+        rising = (step + 1) / max(1, min(self.warmup, self.max_train_steps // 10))
+        return self.learning_rate * min(1.0, rising, falling)
+
+
+def fit(
+    network: nn.Module,
+    loss: Callable[[int], Losses],
+    plan: Fit,
+    show: Callable[[nn.Module, int], None] | None = None,
+    show_every: int = 1000,
+) -> nn.Module:
+    """Trains `network` in place to `plan.max_train_steps`; returns its averaged copy.
+
+    `loss(step)` gives named terms whose sum is minimised. `show(averaged, step)` may look at the
+    averaged weights; they are swapped in while it does. State lives in `plan.folder/state`.
+    """
+    parameters = {k: p for k, p in network.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+    )
+    average = {k: p.detach().clone() for k, p in parameters.items()}
+    start = _resume(plan, parameters, average, optimizer)
+    log = plan.folder / "metrics.jsonl"
+    saved = time.monotonic()
+    bar = tqdm(range(start, plan.max_train_steps), initial=start, total=plan.max_train_steps)
+    recent: dict[str, float] = {}
+    for step in bar:
+        torch.manual_seed(seed_of(plan.seed, step))
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        terms = loss(step)
+        torch.stack(list(terms.values())).sum().backward()
+        norm = nn.utils.clip_grad_norm_(parameters.values(), plan.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(plan.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
+        values = {k: v.item() for k, v in terms.items()} | {"grad_norm": norm.item()}
+        if not math.isfinite(sum(values.values())):
+            raise FloatingPointError(f"step {step}: {values}; the last checkpoint is intact")
+        recent = {k: 0.98 * recent.get(k, v) + 0.02 * v for k, v in values.items()}
+        if step % 50 == 49:
+            bar.set_postfix({k: f"{v:.4f}" for k, v in recent.items()})
+            with log.open("a") as f:
+                f.write(json.dumps({"step": step + 1, "lr": plan.rate(step), **recent}) + "\n")
+        last = step + 1 == plan.max_train_steps
+        if last or time.monotonic() - saved > plan.checkpoint_s:
+            _save(plan, step + 1, parameters, average, optimizer)
+            saved = time.monotonic()
+        if show is not None and (last or (step + 1) % show_every == 0):
+            with swapped(parameters, average):
+                show(network, step + 1)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(average[name])
+    return network
+
+
+@contextmanager
+def swapped(parameters: dict[str, nn.Parameter], average: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold the averaged values."""
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(average[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(kept[name])
+
+
+def _save(
+    plan: Fit,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, p in parameters.items():
+        state = optimizer.state[p]
+        tensors |= {
+            f"now.{name}": p.detach(),
+            f"average.{name}": average[name],
+            f"first.{name}": state["exp_avg"],
+            f"second.{name}": state["exp_avg_sq"],
+        }
+    with replace_folder(plan.folder / "state") as beside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "state.safetensors")
+        (beside / "state.json").write_text(json.dumps({"step": step}))
+
+
+def _resume(
+    plan: Fit,
+    parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    state = plan.folder / "state"
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    if not state.exists():
+        return 0
+    step = json.loads((state / "state.json").read_text())["step"]
+    tensors = load_file(state / "state.safetensors")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"now.{name}"])
+            average[name] = tensors[f"average.{name}"]
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"first.{name}"],
+                "exp_avg_sq": tensors[f"second.{name}"],
+            }
+    return int(step)

@@ -1,0 +1,143 @@
+"""The flow-matching teacher: a StableDiffusion3Pipeline folder, an MMDiT on straight paths.
+
+Its first text encoder starts as the score-based teacher's; the second is a quarter of its width,
+as in the pipelines it stands for, and the third, a T5, says nothing.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+
+from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.teacher import (
+    LATENT_SIZE,
+    RENDERINGS,
+    TEXT_WIDTH,
+    Batches,
+    cache_latents,
+    contact_sheet,
+    text_config,
+    tokens,
+)
+from flashdmd.emoji.vae import LATENT_CHANNELS
+from flashdmd.emoji.world import World
+from flashdmd.models.padding import RepeatLast
+from flashdmd.schedule import STEPS, Process, RectifiedFlow
+
+SECOND_WIDTH = 64
+JOINT_WIDTH = TEXT_WIDTH + SECOND_WIDTH
+PADDING = 256  # zero tokens in T5's place; StableDiffusion3Pipeline's default length
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=JOINT_WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=JOINT_WIDTH,
+        pos_embed_max_size=LATENT_SIZE,
+        qk_norm="rms_norm",
+    )
+
+
+def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 whose encodings are zeros, for a folder that `from_pretrained` accepts as it stands.
+
+    diffusers does not load a StableDiffusion3Pipeline folder without a third text encoder unless
+    told so in the call; zeros are what the pipeline itself puts in place of a missing one.
+    """
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=PADDING)
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(vocabulary), d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1
+        )
+    )
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
+
+
+class Trained(nn.Module):
+    """The networks that the flow teacher trains together."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.network = first, second, network
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As the pipeline does: penultimate states side by side, one zero token for all padding."""
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in (self.first, self.second)]
+        hidden = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
+        hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], dim=1)
+        return hidden, torch.cat([o.text_embeds for o in outputs], dim=-1)
+
+
+def train_flow(
+    folder: Path,
+    score_folder: Path,
+    max_train_steps: int,
+    batch: int = 64,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+) -> StableDiffusion3Pipeline:
+    """Trains the flow-matching teacher and writes it to `folder / "pipeline"`.
+
+    Autoencoder, tokenizer and the first text encoder come from the pipeline in `score_folder`.
+    """
+    torch.manual_seed(seed)
+    world = World()
+    score = StableDiffusionPipeline.from_pretrained(score_folder, torch_dtype=torch.float32)
+    tokenizer = score.tokenizer
+    first = CLIPTextModelWithProjection(text_config(tokenizer))
+    first.load_state_dict(score.text_encoder.state_dict(), strict=False)  # all but the projection
+    second = CLIPTextModelWithProjection(text_config(tokenizer, SECOND_WIDTH, layers=3))
+    networks = Trained(first, second, build_transformer())
+    vae = score.vae.eval()
+    latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
+    batches, process = Batches(world, latents, batch, seed), Process(RectifiedFlow(), "flow")
+
+    def loss(step: int) -> Losses:
+        x0, captions = batches(step)
+        eps, t = torch.randn_like(x0), STEPS * torch.randn(len(x0)).sigmoid()  # logit-normal (SD3)
+        x_t = process.add_noise(x0, eps, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, pooled = networks.encode(tokens(tokenizer, captions))
+            with RepeatLast(LATENT_SIZE**2 + hidden.shape[1], PADDING):
+                v = networks.network(x_t, hidden, pooled, t).sample
+        return {"flow": (v.float() - process.target(x0, eps, t)).square().mean()}
+
+    third, third_tokenizer = silent_t5(JOINT_WIDTH)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=networks.network,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),  # small latents need no shift
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=third,
+        tokenizer_3=third_tokenizer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def show(_: nn.Module, step: int) -> None:
+        contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png", columns=2)
+
+    plan = Fit(max_train_steps, learning_rate, folder, seed, ema_decay=0.9995, warmup=500)
+    fit(networks, loss, plan, show, show_every=2000)
+    pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
+    return pipeline

@@ -1,0 +1,240 @@
+"""`flashdmd emoji teacher`: text-to-image teachers of the embedded world, one of each kind.
+
+The score-based teacher is a StableDiffusionPipeline folder: a small CLIP text encoder with a BPE
+of its own, trained together with a UNet that predicts v under Stable Diffusion's betas.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.vae import LATENT_CHANNELS, pixels
+from flashdmd.emoji.world import World
+from flashdmd.schedule import Process, VariancePreserving
+from flashdmd.seeds import seed_of
+
+LATENT_SIZE = 8
+TEXT_WIDTH = 160
+TEXT_LENGTH = 24  # tokens: the longest caption of the world
+VOCABULARY = 3000  # and both forms of each byte
+NO_CAPTION = 0.1  # share of examples trained without a caption, for guidance
+RENDERINGS = 32  # of each training picture, encoded once
+
+
+def train_tokenizer(world: World, folder: Path) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding, learned on the world's own captions; written to `folder`."""
+    rng = np.random.default_rng(0)
+    captions = (world.caption(i, rng) for _ in range(30) for i in range(len(world.emoji)))
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [tuple(m) for m in model["merges"]]
+    tokens = dict.fromkeys(
+        [*letters, *(x + "</w>" for x in letters), *("".join(m) for m in merges), *special]
+    )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges), "utf-8"
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def text_config(
+    tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH, layers: int = 4
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(128, 160),
+        layers_per_block=1,
+        attention_head_dim=4,  # diffusers reads it as the number of heads
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+class Conditioned(nn.Module):
+    """The networks that a teacher trains together."""
+
+    def __init__(self, text_encoder: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder, self.network = text_encoder, network
+
+
+@torch.no_grad()
+def cache_latents(
+    world: World, vae: AutoencoderKL, path: Path, renderings: int, seed: int
+) -> Tensor:
+    """(renderings, N, C, 8, 8) float16 latents of every training picture, made once."""
+    name = f"latents-{renderings}-{seed}"
+    if path.exists():
+        return load_file(path)[name]
+    indices = world.indices("train")
+    rows = []
+    for k in range(renderings):
+        rng = np.random.default_rng(seed_of(seed, "latents", k))
+        images = pixels(np.stack([world.render(i, rng) for i in indices]))
+        rows.append(torch.cat([vae.encode(b).latent_dist.mode() for b in images.split(128)]).half())
+    latents = torch.stack(rows).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: latents}, path)
+    return latents
+
+
+class Batches:
+    """Batch n of cached latents with freshly drawn captions: a function of (seed, n)."""
+
+    def __init__(self, world: World, latents: Tensor, size: int, seed: int) -> None:
+        self.world, self.latents, self.size, self.seed = world, latents, size, seed
+        self.indices = world.indices("train")
+
+    def __call__(self, step: int) -> tuple[Tensor, list[str]]:
+        """((B, C, 8, 8) latents, B captions, a share of them empty)."""
+        rng = np.random.default_rng(seed_of(self.seed, "batch", step))
+        rows = rng.integers(len(self.latents), size=self.size)
+        columns = rng.integers(len(self.indices), size=self.size)
+        captions = [
+            "" if rng.random() < NO_CAPTION else self.world.caption(self.indices[c], rng)
+            for c in columns
+        ]
+        return self.latents[rows, columns].float(), captions
+
+
+def tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """(B, TEXT_LENGTH) ids, padded and truncated as the stock pipelines do."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=TEXT_LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def train_score(
+    folder: Path,
+    vae_folder: Path,
+    max_train_steps: int,
+    batch: int = 64,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+) -> StableDiffusionPipeline:
+    """Trains the score-based teacher and writes it to `folder / "pipeline"`."""
+    torch.manual_seed(seed)
+    world = World()
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    tokenizer = train_tokenizer(world, folder / "tokenizer")
+    both = Conditioned(CLIPTextModel(text_config(tokenizer)), build_unet())
+    latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
+    batches = Batches(world, latents, batch, seed)
+    process = Process(VariancePreserving(), "v")
+
+    def loss(step: int) -> Losses:
+        x0, captions = batches(step)
+        eps, t = torch.randn_like(x0), torch.randint(1000, (len(x0),))
+        x_t = process.add_noise(x0, eps, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = both.text_encoder(tokens(tokenizer, captions)).last_hidden_state
+            v = both.network(x_t, t, encoder_hidden_states=hidden).sample
+        return {"v": (v.float() - process.target(x0, eps, t)).square().mean()}
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=both.text_encoder,
+        tokenizer=tokenizer,
+        unet=both.network,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            timestep_spacing="trailing",  # the first step is 999, where training ends
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def show(_: nn.Module, step: int) -> None:
+        contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png")
+
+    plan = Fit(max_train_steps, learning_rate, folder, seed, ema_decay=0.9995, warmup=500)
+    fit(both, loss, plan, show, show_every=1000)
+    pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
+    return pipeline
+
+
+SHOWN = (
+    "fluent emoji of a strawberry", "twemoji emoji of a fire engine", "noto emoji of a pizza",
+    "fluent emoji of a cat face", "twemoji emoji of a guitar", "noto emoji of a rocket",
+    "fluent emoji of a smiling face with sunglasses", "a bird emoji", "twemoji emoji of a tree",
+    "fluent emoji of a fruit", "a building emoji", "noto emoji",
+)  # fmt: skip
+
+
+def contact_sheet(pipeline: StableDiffusionPipeline, path: Path, columns: int = 4) -> None:
+    """Prompts down, different noises across; 50 steps, guidance 3, always the same noises."""
+    prompts = list(itertools.chain.from_iterable([p] * columns for p in SHOWN))
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        prompts, num_inference_steps=50, guidance_scale=3.0, generator=generator, output_type="np"
+    ).images
+    rows = images.reshape(-1, 4 * columns, 64, 64, 3).transpose(0, 2, 1, 3, 4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((rows.reshape(-1, 4 * columns * 64, 3) * 255).round().astype(np.uint8)).save(
+        path
+    )

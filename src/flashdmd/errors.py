@@ -1,0 +1,9 @@
+"""Errors that a person can do something about."""
+
+
+class UserError(ValueError):
+    """What was given, what is accepted, what to do. Shown without a traceback; exit code 2."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """Stopped on request: where the state is and how to go on. Exit code 130."""

@@ -1,0 +1,119 @@
+"""The student as a stock diffusers pipeline folder: the plain call runs the trained steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+from flashdmd.algorithm import Method
+from flashdmd.errors import UserError
+from flashdmd.files import replace_folder
+from flashdmd.models.families import NetworkDenoiser, Teacher
+
+# Any multiple of the number of steps gives LCMScheduler the grid 999, 999 - 1000/n, ...; with 40
+# students of 1, 2, 4 and 8 steps are all right. Its default of 50 gives 999, 759, 499, 259.
+ORIGINAL_INFERENCE_STEPS = 40
+NOTES = "flashdmd.json"  # beside model_index.json: the trained steps, for `flashdmd sample`
+
+
+def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
+    """A diffusers scheduler whose `set_timesteps(len(steps))` gives exactly `steps`.
+
+    Raises UserError when no setting of the stock scheduler does.
+    """
+    if teacher.family.kind == "score":
+        scheduler = LCMScheduler.from_config(
+            teacher.pipeline.scheduler.config,
+            original_inference_steps=ORIGINAL_INFERENCE_STEPS,
+            timestep_spacing="leading",
+            clip_sample=False,
+        )
+    else:
+        # The plain grid runs from 1 to 1/1000; stretched, it ends at the student's last step.
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=1.0,
+            shift_terminal=steps[-1] / 1000 if len(steps) > 1 else None,
+            stochastic_sampling=True,
+        )
+    scheduler.set_timesteps(len(steps))
+    got = tuple(round(float(t), 3) for t in scheduler.timesteps)
+    if got != tuple(float(t) for t in steps):
+        raise UserError(
+            f"student_timesteps={steps} cannot be written as a stock scheduler's grid, which would "
+            f"be {got}; equally spaced steps can"
+        )
+    return scheduler
+
+
+def write_student(
+    teacher: Teacher, student: NetworkDenoiser, method: Method, folder: Path, card: str
+) -> Path:
+    """Writes `folder` whole or not at all: the teacher's pipeline with the student's network.
+
+    `card` becomes README.md. The weights are float32 as trained.
+    """
+    parts = dict(teacher.pipeline.components)
+    parts[teacher.family.network] = student.network
+    parts["scheduler"] = scheduler_for(teacher, method.student_timesteps)
+    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    pipeline = type(teacher.pipeline)(**parts, **extra)
+    notes = {
+        "student_timesteps": method.student_timesteps,
+        "teacher_guidance_scale": method.teacher_guidance_scale,
+    }
+    with replace_folder(folder) as beside:
+        pipeline.save_pretrained(beside, safe_serialization=True)
+        (beside / "README.md").write_text(card, "utf-8")
+        (beside / NOTES).write_text(json.dumps(notes, indent=2))
+    return folder
+
+
+def trained_steps(folder: Path) -> tuple[int, ...] | None:
+    """The steps a student folder was trained for; None for any other pipeline."""
+    notes = folder / NOTES
+    if not notes.is_file():
+        return None
+    return tuple(json.loads(notes.read_text())["student_timesteps"])
+
+
+def model_card(
+    name: str, teacher: Teacher, method: Method, guidance_note: str, table: str = ""
+) -> str:
+    """README.md of a student: how to call it, what it was trained from, what it cannot do."""
+    steps = method.student_timesteps
+    comfy = (
+        "sampler `lcm`, scheduler `simple`, cfg 1"
+        if teacher.family.kind == "score"
+        else "sampler `lcm`, scheduler `simple`, cfg 1, ModelSamplingSD3 shift 1"
+    )
+    return f"""---
+library_name: diffusers
+tags:
+- text-to-image
+- diffusers
+- distillation
+- flash-dmd
+---
+
+# {name}
+
+A {len(steps)}-step student of `{teacher.folder.name}`, distilled with FlashDMD.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+image = pipe("your prompt", num_inference_steps={len(steps)}, guidance_scale=0).images[0]
+```
+
+Guidance is part of the weights: leave `guidance_scale` at 0; negative prompts have no effect.
+{guidance_note}
+
+- Trained steps (network times): {", ".join(map(str, steps))}; others are off the trained grid.
+- ComfyUI: {comfy}, {len(steps)} steps.
+- Teacher guidance while distilling: {method.teacher_guidance_scale}.
+- The licence of the base model applies.
+
+{table}
+"""

@@ -1,0 +1,304 @@
+"""What the commands do: train through both stages, demo, sample, evaluate, report."""
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from flashdmd import checkpoint, config, export
+from flashdmd.config import Recipe
+from flashdmd.emoji import judge
+from flashdmd.emoji.reward import EmojiReward
+from flashdmd.emoji.teacher import SHOWN
+from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import UserError
+from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
+from flashdmd.files import write_text
+from flashdmd.models import families
+from flashdmd.models.families import Teacher
+from flashdmd.report.sheet import comparison, contact_sheet
+from flashdmd.seeds import seed_of
+from flashdmd.session import (
+    Progress,
+    Session,
+    load_reward,
+    load_teacher,
+    open_session,
+    run_stage,
+    save,
+    write_json,
+)
+
+HERE = Path(__file__).parent
+RECIPES = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
+GUIDANCE = 3.0  # of a teacher, where nothing says otherwise
+DRAWN_AT_ONCE = 64
+COMPARED = 8  # prompts of comparison.png
+
+MAY_CHANGE = {  # keys that a resumed run may have otherwise than the run it goes on from
+    "train.max_train_steps",
+    "train.joint_train_steps",
+    "train.checkpointing_steps",
+    "train.checkpoints_total_limit",
+}
+WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
+
+
+def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None) -> Path:
+    """Stage 1, then stage 2 if the recipe has one; leaves the students in `output_dir`.
+
+    A run that was stopped goes on from its newest checkpoint unless `resume` is False.
+    """
+    output = Path(recipe.output_dir)
+    if resume:
+        check_same(recipe)
+    session = open_session(recipe)
+    prepare(recipe, resume)
+    show = progress or bar()
+    point = checkpoint.latest(output) if resume else None
+    stage = checkpoint.stage_of(point) if point else "distill"
+    if stage == "distill":
+        trainer = session.trainer("distill")
+        if point:
+            trainer.restore(point)
+        run_stage(session, trainer, recipe.train.max_train_steps, show)
+        save(session, trainer)
+        session.start = trainer.state.for_next_stage()
+        write_student(session, "student-stage1")
+        point = None
+    else:
+        checkpoint.load_network(
+            session.generator.network, output / "student-stage1", session.teacher.family.network
+        )
+    if recipe.train.joint_train_steps:
+        trainer = session.trainer(recipe.train.stage2)
+        if point:
+            trainer.restore(point)
+        run_stage(session, trainer, recipe.train.joint_train_steps, show)
+        save(session, trainer)
+    write_student(session, "student")
+    stopwatch = session.stopwatch
+    write_json(
+        output / "timing.json",
+        {"milliseconds": stopwatch.milliseconds(), "iterations": stopwatch.iterations},
+    )
+    return output
+
+
+def check_same(recipe: Recipe) -> None:
+    """Raises UserError when the run folder holds a run of another recipe."""
+    known = Path(recipe.output_dir) / "recipe.yaml"
+    if not known.exists():
+        return
+    before, now = flat(config.load(known, [])), flat(recipe)
+    changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
+    if refused := sorted(changed - MAY_CHANGE - {"output_dir"}):
+        lines = [f"  {k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in refused]
+        raise UserError(
+            f"{recipe.output_dir} holds a run of another recipe:\n" + "\n".join(lines) + "\n"
+            "give another output_dir, or --no-resume to start over in this one"
+        )
+
+
+def prepare(recipe: Recipe, resume: bool) -> None:
+    """Makes the run folder and writes down what is run, and with which versions."""
+    output = Path(recipe.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for folder in checkpoint.all_of(output):
+            checkpoint.remove(folder)
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+    write_text(output / "recipe.yaml", config.dump(recipe))
+    packages = ("flashdmd", "torch", "diffusers", "transformers", "numpy")
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    write_json(output / "versions.json", versions)
+
+
+def flat(recipe: Recipe) -> dict[str, object]:
+    """Every key of a recipe by its dotted name."""
+    dumped = json.loads(recipe.model_dump_json())
+    return {
+        (f"{section}.{key}" if key else section): value
+        for section, content in dumped.items()
+        for key, value in (content.items() if isinstance(content, dict) else [("", content)])
+    }
+
+
+def write_student(session: Session, name: str) -> Path:
+    """The student as a diffusers folder, with a card that says how to call it."""
+    recipe, teacher = session.recipe, session.teacher
+    note = f"Trained by `flashdmd train` for {recipe.train.max_train_steps} generator updates."
+    card = export.model_card(name, teacher, recipe.method, note)
+    folder = session.output / name
+    return export.write_student(teacher, session.generator, recipe.method, folder, card)
+
+
+def bar() -> Progress:
+    """A progress bar for each stage, with the time left and the numbers that matter."""
+    bars: dict[str, tqdm[object]] = {}
+
+    def show(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=of, initial=done, desc=stage, unit="update", mininterval=1)
+        numbers = {k: f"{record[k]:.3g}" for k in WATCHED if k in record}
+        bars[stage].set_postfix(numbers, refresh=False)
+        bars[stage].update(done + 1 - bars[stage].n if done + 1 > bars[stage].n else 0)
+
+    return show
+
+
+def read_recipe(name: str, overrides: list[str], output_dir: Path | None) -> Recipe:
+    """A recipe by file, or one of the shipped ones by name (emoji-score, emoji-flow)."""
+    path = next((p / f"{name}.yaml" for p in RECIPES if (p / f"{name}.yaml").is_file()), Path(name))
+    if output_dir is not None:
+        overrides = [*overrides, f"output_dir={json.dumps(str(output_dir))}"]
+    return config.load(path, overrides)
+
+
+def full(recipe: Recipe, resume: bool = True) -> Path:
+    """Train, measure all arms side by side, and write the report; returns its path."""
+    from flashdmd import report
+
+    output = train(recipe, resume)
+    measure(recipe)
+    return report.write(output)
+
+
+DEMO = {  # what makes the shipped recipes short enough for a quarter of an hour on two cores
+    "train.max_train_steps": 90,
+    "train.joint_train_steps": 12,
+    "train.train_batch_size": 32,
+    "train.gan_calibration_steps": "[5, 15]",
+    "train.checkpointing_steps": 30,
+    "validation.num_prompts": 96,
+}
+
+
+def demo(family: str, output_dir: Path, overrides: list[str]) -> Path:
+    """Both stages on the shipped teacher of a family, shortened; returns the report's path."""
+    short = [f"{key}={value}" for key, value in DEMO.items()]
+    return full(read_recipe(f"emoji-{family}", [*short, *overrides], output_dir))
+
+
+def measure(recipe: Recipe) -> Path:
+    """metrics.json and the sample sheets of a finished run: teachers and students side by side."""
+    output, teacher = (
+        Path(recipe.output_dir),
+        load_teacher(recipe.model.pretrained_model_name_or_path),
+    )
+    guidance, steps = recipe.method.teacher_guidance_scale, len(recipe.method.student_timesteps)
+    arms = {
+        f"teacher-{recipe.validation.teacher_steps}": Arm(
+            teacher, recipe.validation.teacher_steps, guidance
+        ),
+        f"teacher-{steps}": Arm(teacher, steps, guidance),
+        "student-stage1": Arm(families.load(output / "student-stage1"), steps, 0.0),
+    }
+    if recipe.train.joint_train_steps:
+        arms["student-joint"] = Arm(families.load(output / "student"), steps, 0.0)
+    protocol = Protocol(num_prompts=recipe.validation.num_prompts, seed=recipe.validation.seed)
+    bench = Bench(protocol, judge.load(ASSETS / "judge"))
+    name = recipe.model.reward_model_name_or_path
+    score = scorer(load_reward(name, teacher), teacher) if name else None
+    prompts = list(recipe.validation.prompts or SHOWN)
+    rows, shown = [], {}
+    for arm, one in tqdm(arms.items(), desc="measure", unit="arm"):
+        rows.append(bench.measure(arm, one.nfe, one.draw, score))
+        shown[arm] = one.draw(prompts, recipe.validation.seed)
+        for i, image in enumerate(shown[arm]):
+            picture(output / "samples" / arm / f"{i:02d}.png", image)
+    first = {arm: images[:COMPARED] for arm, images in shown.items()}
+    comparison(first, prompts[:COMPARED]).save(output / "samples/comparison.png")
+    notes = {"prompts": prompts, "arms": list(arms), "columns": len(prompts)}
+    write_json(output / "samples" / "samples.json", notes)
+    write_json(output / "metrics.json", {"fingerprint": bench.fingerprint(), "rows": rows})
+    return output / "metrics.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A pipeline, its steps and its guidance: something that draws."""
+
+    teacher: Teacher
+    steps: int
+    guidance: float
+
+    @property
+    def nfe(self) -> int:
+        """Network calls a picture: two a step under guidance."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+    def draw(self, prompts: list[str], seed: int) -> np.ndarray:
+        """(N, 3, H, W) uint8; noise i is the same for every arm, and so are later draws."""
+        images = []
+        for start in range(0, len(prompts), DRAWN_AT_ONCE):
+            some = prompts[start : start + DRAWN_AT_ONCE]
+            torch.manual_seed(seed_of("draw", seed, start))
+            noise = self.teacher.noise(len(some), seed + start)
+            images.append(self.teacher.sample(some, noise, self.steps, self.guidance))
+        return np.concatenate(images)
+
+
+def scorer(reward: EmojiReward, teacher: Teacher) -> Score:
+    """The trained-against reward of finished pictures: of their latents, at the lowest noise."""
+
+    @torch.no_grad()
+    def score(pictures: np.ndarray, prompts: list[str]) -> torch.Tensor:
+        latents = torch.cat([teacher.encode(b) for b in batches(pictures)])
+        return reward(latents, torch.ones(len(latents)), reward.encode_prompts(prompts))
+
+    return score
+
+
+def evaluate(models: list[str], output: Path, num_prompts: int = 276) -> Path:
+    """Any models in one table: teachers at 50 and at 4 guided steps, students as trained."""
+    bench = Bench(Protocol(num_prompts=num_prompts), judge.load(ASSETS / "judge"))
+    rows = []
+    for model in models:
+        teacher = load_teacher(model)
+        trained = export.trained_steps(Path(model))
+        ways = (
+            {f"{model}": (len(trained), 0.0)}
+            if trained
+            else {f"{model}-50": (50, GUIDANCE), f"{model}-4": (4, GUIDANCE)}
+        )
+        score = scorer(load_reward("emoji-reward", teacher), teacher)
+        for arm, (steps, guidance) in ways.items():
+            one = Arm(teacher, steps, guidance)
+            rows.append(bench.measure(arm, one.nfe, one.draw, score))
+    write_json(output, {"fingerprint": bench.fingerprint(), "rows": rows})
+    return output
+
+
+def sample(
+    model: str, prompts: list[str], steps: int, seed: int, guidance: float | None, output: Path
+) -> Path:
+    """A sheet of one picture a prompt, written to `output` as PNG.
+
+    Students are sampled without guidance at the steps they were trained for; `guidance` is for
+    teachers, 3 unless given.
+    """
+    teacher = load_teacher(model)
+    trained = export.trained_steps(Path(model))
+    if guidance is None:
+        guidance = 0.0 if trained else GUIDANCE
+    if trained and len(trained) != steps:
+        raise UserError(
+            f"{model} is a student of {len(trained)} steps {trained}, not {steps}; sample it with "
+            f"--steps {len(trained)}"
+        )
+    images = teacher.sample(prompts, teacher.noise(len(prompts), seed), steps, guidance)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(images, min(len(prompts), 8)).save(output)
+    return output
+
+
+def picture(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.transpose(1, 2, 0)).save(path)

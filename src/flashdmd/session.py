@@ -1,0 +1,240 @@
+"""From a recipe to networks, learners and trainers, and through the stages of a run."""
+
+import copy
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashdmd import checkpoint
+from flashdmd.algorithm import FlashDMD, Stage, cycle
+from flashdmd.baselines import DMD2, dmd2_cycle, dmd2_method
+from flashdmd.batches import Batches, EmojiSource
+from flashdmd.config import Recipe
+from flashdmd.data import read_prompts
+from flashdmd.discriminator import Discriminator, FeatureHead
+from flashdmd.emoji import reward as emoji_reward
+from flashdmd.emoji.reward import EmojiReward
+from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import Interrupted, UserError
+from flashdmd.files import write_text
+from flashdmd.models import families
+from flashdmd.models.backbones import EfficientNetLite
+from flashdmd.models.families import NetworkDenoiser, Teacher
+from flashdmd.sampler import Sampler, guided
+from flashdmd.stopwatch import Stopwatch
+from flashdmd.trainer import Learner, State, Trainer
+
+EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
+Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
+
+
+def load_teacher(name: str) -> Teacher:
+    """A teacher by folder, or one of the embedded ones by name."""
+    if name not in EMBEDDED:
+        return families.load(Path(name))
+    folder = ASSETS / EMBEDDED[name]
+    if not folder.is_dir():
+        raise UserError(
+            f"{name} is not shipped with this version; make it with `flashdmd emoji teacher "
+            f"--family {EMBEDDED[name]}` and name the pipeline folder that this writes"
+        )
+    teacher = families.load(folder)
+    teacher.folder = Path(name)  # what cards and reports call it
+    return teacher
+
+
+@dataclass
+class Session:
+    """One run: its networks live here from stage to stage."""
+
+    recipe: Recipe
+    teacher: Teacher
+    generator: NetworkDenoiser
+    score: NetworkDenoiser
+    discriminator: nn.Module
+    learners: dict[str, Learner]
+    reward: EmojiReward | None = None  # of stage 2
+    prompts: tuple[str, ...] = ()  # none: the captions
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    start: State = field(default_factory=State)  # what the next stage takes over
+
+    @property
+    def output(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def trainer(self, stage: Stage) -> Trainer:
+        """The trainer of a stage, with everything that was learned before it."""
+        recipe, teacher = self.recipe, self.teacher
+        method = recipe.method
+        sampler = Sampler(teacher.process, method.student_timesteps)
+        real = guided(teacher.denoiser, teacher.unconditional, method.teacher_guidance_scale)
+        shared: dict[str, Any] = {
+            "sampler": sampler,
+            "teacher": real,
+            "generator": self.generator,
+            "score": self.score,
+            "discriminator": self.discriminator,
+        }
+        reward = None if stage == "distill" else self.reward
+        algorithm: FlashDMD | DMD2
+        if recipe.train.arm == "dmd2":
+            method = dmd2_method(method)
+            algorithm, order = DMD2(method=method, **shared), dmd2_cycle(method, stage)
+        else:
+            reference = copy.deepcopy(self.generator).requires_grad_(False) if reward else None
+            algorithm = FlashDMD(
+                method=method, decode=teacher.decode, reward=reward, reference=reference, **shared
+            )
+            order = cycle(method, stage)
+        batches = Batches(
+            teacher,
+            EmojiSource(),
+            method,
+            recipe.train.train_batch_size,
+            recipe.train.seed,
+            prompts=self.prompts,
+            reward_encoder=reward.encode_prompts if reward else None,
+        )
+        return Trainer(
+            algorithm,
+            order,
+            batches,
+            self.learners,
+            seed=recipe.train.seed,
+            precision=torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None,
+            calibration=recipe.train.gan_calibration_steps if stage == "distill" else (0, 0),
+            stage=stage,
+            state=copy.copy(self.start),
+            stopwatch=self.stopwatch,
+        )
+
+
+def load_reward(name: str | None, teacher: Teacher) -> EmojiReward:
+    """A latent reward model for latents of `teacher`, by folder or as emoji-reward."""
+    if name is None:
+        raise UserError(
+            "stage 2 needs model.reward_model_name_or_path (emoji-reward, or a folder written by "
+            "`flashdmd emoji reward`); for stage 1 alone set train.joint_train_steps=0"
+        )
+    folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
+    return emoji_reward.load(folder, teacher.process)
+
+
+def open_session(recipe: Recipe) -> Session:
+    """Loads all that a run needs, so that what is missing is missed now, and builds what learns."""
+    torch.manual_seed(recipe.train.seed)
+    prompts = tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
+    if recipe.data.train_data_dir != "emoji":
+        raise UserError(
+            f"data.train_data_dir={recipe.data.train_data_dir!r}: this version trains on the "
+            "embedded pictures, emoji; for other subjects give data.prompts"
+        )
+    teacher = load_teacher(recipe.model.pretrained_model_name_or_path)
+    generator, score = teacher.trainable_copy(), teacher.trainable_copy()
+    discriminator = build_discriminator(recipe, teacher, score)
+    train = recipe.train
+    rates = {
+        "generator": (generator, train.learning_rate),
+        "score": (score, train.fake_score_learning_rate),
+        "discriminator": (discriminator, train.discriminator_learning_rate),
+        "preference": (generator, train.preference_learning_rate),
+    }
+    learners = {}
+    for name, (network, rate) in rates.items():
+        optimizer = torch.optim.AdamW(
+            (p for p in network.parameters() if p.requires_grad),
+            lr=rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            weight_decay=train.adam_weight_decay,
+            eps=train.adam_epsilon,
+        )
+        learners[name] = Learner(
+            network, optimizer, rate, train.lr_warmup_steps, train.max_grad_norm
+        )
+    judged_by = recipe.model.reward_model_name_or_path
+    reward = load_reward(judged_by, teacher) if recipe.train.joint_train_steps else None
+    networks = generator, score, discriminator, learners
+    session = Session(recipe, teacher, *networks, reward=reward, prompts=prompts)
+    for module, part in (
+        (generator, "student"),
+        (score, "score"),
+        (teacher.denoiser, "teacher"),
+        (discriminator, "discriminator"),
+        (teacher.pipeline.vae.decoder, "decode"),
+        (teacher.pipeline.vae.encoder, "decode"),  # of the real pictures: the way there and back
+    ):
+        session.stopwatch.attach(module, part)
+    return session
+
+
+def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser) -> nn.Module:
+    """Heads on a frozen backbone of pictures, or for DMD2 on the score estimator's middle."""
+    channels, height, width = teacher.latent_shape
+    if recipe.train.arm == "dmd2":
+        nothing = torch.zeros(1, channels, height, width)
+        with torch.no_grad():
+            _, middle = score.bottleneck(nothing, torch.ones(1), teacher.unconditional(1))
+        return FeatureHead(middle.shape[1], middle.shape[-1])
+    size = height * 2 ** (len(teacher.pipeline.vae.config.block_out_channels) - 1)
+    return Discriminator(EfficientNetLite(0), size, recipe.train.discriminator_width)
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM ask for a stop between iterations; the yielded call tells."""
+    asked: list[int] = []
+    old = {
+        s: signal.signal(s, lambda number, _: asked.append(number))
+        for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run_stage(session: Session, trainer: Trainer, target: int, progress: Progress) -> None:
+    """Iterates to `target` generator (or preference) updates; saves on the way and when stopped."""
+    train, output = session.recipe.train, session.output
+    counted = "preference" if trainer.stage == "rl" else "generator"
+    log = output / "metrics.jsonl"
+    with stoppable() as asked_to_stop:
+        while (done := trainer.state.updates.get(counted, 0)) < target or not trainer.at_boundary:
+            record = trainer.iterate()
+            facts = {
+                "iteration": trainer.state.iteration,
+                "stage": trainer.stage,
+                "arm": train.arm,
+                "generator_updates": trainer.state.earlier + trainer.generator_updates,
+                "images": trainer.state.images,
+            }
+            with log.open("a") as f:
+                f.write(json.dumps(facts | record) + "\n")
+            progress(trainer.stage, done, target, record)
+            due = train.checkpointing_steps and done and done % train.checkpointing_steps == 0
+            if asked_to_stop() or (due and trainer.at_boundary):
+                save(session, trainer)
+            if asked_to_stop():
+                raise Interrupted(
+                    f"stopped after {trainer.generator_updates} generator updates of stage "
+                    f"{trainer.stage}; saved in {output}. The same command goes on from there."
+                )
+
+
+def save(session: Session, trainer: Trainer) -> None:
+    """Writes checkpoint-{iterations of the whole run} and prunes older ones."""
+    step = trainer.state.iteration + (10**6 if trainer.stage != "distill" else 0)
+    trainer.save(session.output / f"checkpoint-{step}")
+    checkpoint.prune(session.output, session.recipe.train.checkpoints_total_limit)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,243 @@
+"""The loop around an algorithm: who learns when, clipping, seeds, timing, checkpoints. No maths."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdmd import checkpoint
+from flashdmd.algorithm import FlashDMD, Loss, Rollout, Update
+from flashdmd.baselines import DMD2
+from flashdmd.sampler import Cond
+from flashdmd.seeds import seed_of
+from flashdmd.stopwatch import REST, Stopwatch
+
+CALIBRATION_FLOOR = 1e-12  # a term without gradient must not divide by zero
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration consumes; a function of (seed, iteration) alone."""
+
+    noise: Tensor  # (B, C, H, W) at the first step
+    cond: Cond
+    real: Tensor  # pictures for the discriminator
+    real_latents: Tensor  # for a GAN in latent space
+    reward_cond: Cond = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network and the optimizer of one of its jobs; its warm-up counts its own updates."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+    warmup: int
+    max_grad_norm: float
+
+    def step(self, updates: int) -> float:
+        """One step after `updates` earlier ones; returns the gradient norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, (updates + 1) / max(1, self.warmup))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
+@dataclass
+class State:
+    """Where a run stands: with networks and optimizers, all that a resumed run needs."""
+
+    iteration: int = 0  # of the current stage's cycle
+    updates: dict[str, int] = field(default_factory=dict)  # by learner
+    images: int = 0  # cost: batch x iterations in which the score estimator learned
+    earlier: int = 0  # generator updates of the stage before
+    gan_loss_weight: float = 0.0
+    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
+
+    def for_next_stage(self) -> "State":
+        """A stage counts its own updates; cost and lambda_adv go on from the stage before."""
+        return State(
+            images=self.images,
+            earlier=self.updates.get("generator", 0),
+            gan_loss_weight=self.gan_loss_weight,
+        )
+
+
+@dataclass
+class Trainer:
+    algorithm: FlashDMD | DMD2
+    order: tuple[tuple[Update, ...], ...]
+    batches: Callable[[int], Batch]
+    learners: dict[str, Learner]  # by the names in algorithm.trains
+    seed: int = 0
+    rank: int = 0
+    precision: torch.dtype | None = None  # autocast of the networks; losses stay float32
+    calibration: tuple[int, int] = (50, 150)  # generator updates between which lambda_adv is set
+    stage: str = "distill"
+    state: State = field(default_factory=State)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self) -> None:
+        if not self.state.gan_loss_weight:
+            self.state.gan_loss_weight = self.algorithm.gan_loss_weight
+        self.algorithm.gan_loss_weight = self.state.gan_loss_weight
+
+    @property
+    def generator_updates(self) -> int:
+        return self.state.updates.get("generator", 0)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether a period of the cycle has just ended."""
+        return self.state.iteration % len(self.order) == 0
+
+    def iterate(self) -> dict[str, float]:
+        """One iteration; what it does depends on seed, rank, stage and iteration number alone."""
+        started = time.perf_counter()
+        n = self.state.iteration
+        updates = self.order[n % len(self.order)]
+        shared = torch.Generator().manual_seed(seed_of(self.seed, self.stage, n))
+        torch.manual_seed(seed_of(self.seed, self.stage, n, self.rank))
+        batch = self.batches(n)
+        record: dict[str, float] = {}
+        samples = self.rollout(updates, batch, shared)
+        for update in updates:
+            record |= self.update(update, samples, batch)
+        if "score" in updates:
+            self.state.images += len(batch.noise)
+        self.state.iteration += 1
+        if bad := {k: v for k, v in record.items() if not math.isfinite(v)}:
+            raise FloatingPointError(f"iteration {n} of stage {self.stage}: {bad}")
+        seconds = time.perf_counter() - started
+        self.stopwatch.iteration(seconds)
+        return record | {"seconds": seconds}
+
+    def rollout(
+        self, updates: tuple[Update, ...], batch: Batch, shared: torch.Generator
+    ) -> Rollout | None:
+        """The samples that all updates of this iteration share, with gradients where needed."""
+        if updates == ("preference",):
+            return None
+        t, t_hat = self.algorithm.draw_steps(shared)
+        learns = "generator" in updates
+        with (
+            torch.set_grad_enabled(learns),
+            self.only(["generator"] if learns else []),
+            self.cast(),
+        ):
+            return self.algorithm.rollout(batch.noise, batch.cond, t, t_hat)
+
+    def update(self, update: Update, samples: Rollout | None, batch: Batch) -> dict[str, float]:
+        """One update: loss, gradients, optimizers, and the coupling after a generator's."""
+        names = self.algorithm.trains[update]
+        with self.only(names):
+            with self.cast():
+                loss = self.loss(update, samples, batch)
+            with self.stopwatch.part(REST):
+                record = self.backward(update, loss)
+        for name in names:
+            done = self.state.updates.get(name, 0)
+            with self.stopwatch.part("optimizers"):
+                record[f"{name}/grad_norm"] = self.learners[name].step(done)
+            self.state.updates[name] = done + 1
+        if update in ("generator", "preference"):
+            with self.stopwatch.part("optimizers"):
+                self.algorithm.couple()
+        values = {**loss.terms, **loss.watch}
+        return record | {name: float(value.detach()) for name, value in values.items()}
+
+    def loss(self, update: Update, samples: Rollout | None, batch: Batch) -> Loss:
+        algorithm = self.algorithm
+        if update == "preference":
+            assert isinstance(algorithm, FlashDMD)
+            return algorithm.preference_loss(batch.noise, batch.cond, batch.reward_cond)
+        assert samples is not None
+        if update == "generator":
+            return algorithm.generator_loss(samples, batch.cond)
+        if isinstance(algorithm, DMD2):
+            return algorithm.score_loss(samples, batch.cond, batch.real_latents)
+        if update == "score":
+            return algorithm.score_loss(samples, batch.cond)
+        return algorithm.discriminator_loss(samples, batch.real)
+
+    def backward(self, update: Update, loss: Loss) -> dict[str, float]:
+        """Gradients of the sum; for the generator also the norm that each of its two terms has."""
+        if update != "generator":
+            torch.stack(list(loss.terms.values())).sum().backward()
+            return {}
+        network = self.learners["generator"].network
+        # DMD2's two terms share the forward at t
+        loss.terms["matching"].backward(retain_graph=isinstance(self.algorithm, DMD2))
+        matching = gradients(network)
+        loss.terms["adversarial"].backward()
+        both = gradients(network)
+        norms = (
+            norm_of(matching),
+            norm_of([b - m for b, m in zip(both, matching, strict=True)]),
+        )
+        self.calibrate(*norms)
+        return {
+            "generator/grad_norm_matching": norms[0],
+            "generator/grad_norm_adversarial": norms[1],
+            "gan_loss_weight": self.algorithm.gan_loss_weight,
+        }
+
+    def calibrate(self, matching: float, adversarial: float) -> None:
+        """Sets lambda_adv once, from the mean gradient norms within the calibration window."""
+        ratio, (first, last) = self.algorithm.method.gan_gradient_ratio, self.calibration
+        if ratio is None or not first <= self.generator_updates < last:
+            return
+        sums = [self.state.norms[0] + matching, self.state.norms[1] + adversarial]
+        self.state.norms = sums
+        if self.generator_updates + 1 == last:
+            self.state.gan_loss_weight *= ratio * sums[0] / max(sums[1], CALIBRATION_FLOOR)
+            self.algorithm.gan_loss_weight = self.state.gan_loss_weight
+
+    def cast(self) -> Any:
+        on = self.precision is not None
+        return torch.autocast("cpu", self.precision or torch.bfloat16, enabled=on)
+
+    @contextmanager
+    def only(self, names: "list[str] | tuple[str, ...]") -> Iterator[None]:
+        """Inside, gradients reach the networks of these learners and no others."""
+        active = {self.learners[name].network for name in names}
+        for learner in self.learners.values():
+            learner.network.requires_grad_(learner.network in active)
+        yield
+
+    def save(self, folder: Path) -> None:
+        state = vars(self.state) | {"stage": self.stage}
+        checkpoint.save(folder, self.networks(), self.optimizers(), state)
+
+    def restore(self, folder: Path) -> None:
+        state = checkpoint.load(folder, self.networks(), self.optimizers())
+        assert state.pop("stage") == self.stage
+        self.state = State(**state)
+        self.algorithm.gan_loss_weight = self.state.gan_loss_weight
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Each trained network once: a preference learner has the generator's."""
+        names = {id(learner.network): name for name, learner in reversed(self.learners.items())}
+        return {name: self.learners[name].network for name in sorted(names.values())}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {name: learner.optimizer for name, learner in self.learners.items()}
+
+
+def gradients(network: nn.Module) -> list[Tensor]:
+    """A copy of each parameter's gradient; zero where it has none."""
+    grads = (p.grad for p in network.parameters())
+    return [torch.zeros(()) if grad is None else grad.clone() for grad in grads]
+
+
+def norm_of(tensors: list[Tensor]) -> float:
+    return float(torch.stack([t.norm() for t in tensors]).norm())

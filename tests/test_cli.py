@@ -1,0 +1,118 @@
+"""The command line as a person meets it: messages, exit codes, no traceback."""
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flashdmd import cli
+from flashdmd.files import replace_folder, write_text
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["flashdmd", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["train", "emoji-score", "method.ttr=3"], "did you mean method.ttur"),
+        (["train", "emoji-score", "method.student_timesteps=[1,2]"], "strictly decreasing"),
+        (["config", "show", "emoji-score", "train.seed=x"], "train.seed='x'"),
+        (["demo", "--family", "gan"], "there are 'score' and 'flow'"),
+        (["report", "nowhere"], "nowhere is not a folder"),
+        (["sample", "nowhere", "a cat"], "is not a folder"),
+        (["evaluate", "nowhere"], "is not a folder"),
+        (["emoji", "teacher", "--family", "gan"], "there are 'score' and 'flow'"),
+    ],
+)
+def test_what_a_person_can_mend_exits_with_2(
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.startswith("flashdmd: ")
+    assert "Traceback" not in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_model_and_an_empty_prompt_file_are_named_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    words = ["train", "emoji-score", "model.pretrained_model_name_or_path=model"]
+    assert call(monkeypatch, *words) == 2
+    assert "has no model_index.json" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("\n")
+    assert call(monkeypatch, "train", "emoji-score", "data.prompts=prompts.txt") == 2
+    assert "prompts.txt is empty" in capsys.readouterr().err
+
+
+def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, "train") == 2
+    assert call(monkeypatch, "nonsense") == 2
+    assert call(monkeypatch, "--version") == 0
+
+
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path) -> None:
+    """A real one, where this process may mount it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here")
+    try:
+        with replace_folder(disk / "checkpoint") as beside:
+            save_file({"a": torch.zeros(1000)}, beside / "a.safetensors")
+        with pytest.raises(OSError) as caught, replace_folder(disk / "checkpoint") as beside:  # noqa: PT011
+            save_file({"a": torch.zeros(10**6)}, beside / "a.safetensors")
+        assert caught.value.errno == errno.ENOSPC
+        assert [p.name for p in disk.iterdir()] == ["checkpoint"]
+        assert (disk / "checkpoint/a.safetensors").stat().st_size > 4000
+        write_text(disk / "note", "before")
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            write_text(disk / "note", "x" * 2 * 10**6)
+        assert caught.value.errno == errno.ENOSPC
+        assert (disk / "note").read_text() == "before"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_a_message_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/demo/student")
+
+    monkeypatch.setattr("flashdmd.run.demo", full)
+    assert call(monkeypatch, "demo") == 2
+    err = capsys.readouterr().err
+    assert "No space left on device: runs/demo/student" in err
+    assert "intact" in err
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with replace_folder(target) as beside:
+        (beside / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    with pytest.raises(FileNotFoundError), replace_folder(target) as beside:
+        (tmp_path / "b").rename(beside / "a").rename(beside / "no/where")
+    assert (target / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,159 @@
+"""Recipes: strict, clear about what is wrong, and the same after a round trip."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashdmd import config
+from flashdmd.algorithm import STEP_LISTS
+from flashdmd.config import Recipe
+from flashdmd.errors import UserError
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def load(text: str, tmp_path: Path, *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return config.load(path, list(overrides))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = config.load(path, [])
+    assert load(config.dump(recipe), tmp_path) == recipe
+    assert recipe.model.pretrained_model_name_or_path == path.stem
+
+
+def test_there_are_recipes_of_both_families() -> None:
+    assert {p.stem for p in SHIPPED} >= {"emoji-score", "emoji-flow"}
+
+
+def test_overrides_come_after_the_file(tmp_path: Path) -> None:
+    recipe = load("train: {seed: 1, learning_rate: 1e-5}", tmp_path, "train.seed=2", "output_dir=x")
+    assert (recipe.train.seed, recipe.train.learning_rate, recipe.output_dir) == (2, 1e-5, "x")
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-05", "0.00001", "+1e-5"])
+def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path) -> None:
+    assert load("", tmp_path, f"train.learning_rate={text}").train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lerning_rate=1", "did you mean train.learning_rate"),
+        ("train.ttur=2", "did you mean method.ttur"),
+        ("method.dfake_gen_update_ratio=5", "here it is called method.ttur"),
+        ("method.denoising_step_list=[999]", "here it is called method.student_timesteps"),
+        ("trian.seed=1", "unknown key 'trian'"),
+        ("method.ttur=many", "method.ttur='many'"),
+        ("method.ttur=1.5", "method.ttur=1.5"),
+        ("method.ttur=0", "ttur=0"),
+        ("method.student_timesteps=[249,999]", "strictly decreasing"),
+        ("method.student_timesteps=[999,499]", "are not among"),
+        ("method.preference_timesteps=[249]", "the last step"),
+        ("train.arm=dmd3", "'flash-dmd' or 'dmd2'"),
+        ("train.arm=dmd2", "no second stage"),
+        ("train.gan_calibration_steps=[9,3]", "must rise"),
+        ("train.gradient_accumulation_steps=4", "gradient_accumulation_steps=4"),
+        ("train=3", "train must hold keys"),
+        ("train.seed", "write section.key=value"),
+        ("train.seed=[", "is not YAML"),
+        ("model.reward_model_name_or_path=null", "needs a latent reward model"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load("", tmp_path, override)
+    assert said in str(caught.value)
+
+
+def test_every_wrong_value_has_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load("train: {seed: x, train_batch_size: 0}", tmp_path)
+    assert "train.seed='x'" in str(caught.value)
+    assert "train.train_batch_size=0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"train: {seed: 1}\ntrain: {seed: 2}", "given twice"),
+        (b"train: {seed: 1, seed: 2}", "given twice"),
+        (b"train: [", "is not YAML"),
+        (b"!!python/object/apply:os.system ['true']", "is not YAML"),
+        (b"? [1, 2]\n: 3\n", "a key must be a word"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        config.load(path, [])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read: No such file"):
+        config.load(tmp_path / "nowhere.yaml", [])
+
+
+@pytest.mark.parametrize("n", sorted(STEP_LISTS))
+def test_each_step_list_makes_a_method(n: int, tmp_path: Path) -> None:
+    lists = {f"{name}_timesteps": list(steps) for name, steps in STEP_LISTS[n].items()}
+    joint = 1 if lists["preference_timesteps"] else 0
+    recipe = load(
+        yaml.safe_dump({"method": lists, "train": {"joint_train_steps": joint}}), tmp_path
+    )
+    assert len(recipe.method.student_timesteps) == n
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 2000)
+    | st.floats(allow_nan=True, width=16)
+    | st.text(max_size=6)
+    | st.sampled_from(["bf16", "dmd2", "joint", "1e-5", "full", "~", "emoji"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(
+    [f"{s}.{k}" for s, ks in config.keys().items() for k in ks] + ["output_dir"]
+)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(changes=st.dictionaries(NAMES | st.text(max_size=8), VALUES, min_size=1, max_size=4))
+def test_any_change_gives_a_recipe_or_a_clear_error(changes: dict, tmp_path: Path) -> None:
+    content: dict = {}
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        if key:
+            inner = content.setdefault(section, {})
+            if isinstance(inner, dict):
+                inner[key] = value
+        else:
+            content[section] = value
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(content))
+    try:
+        recipe = config.load(path, [])
+    except UserError:
+        return
+    path.write_text(config.dump(recipe))
+    assert config.load(path, []) == recipe
+
+
+def test_the_schema_names_every_key() -> None:
+    text = str(config.schema())
+    assert all(key in text for keys in config.keys().values() for key in keys)

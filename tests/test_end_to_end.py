@@ -1,0 +1,179 @@
+"""Whole runs of real pipelines at tiny size: both stages, stopped, resumed, written, drawn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from flashdmd import config, run
+from flashdmd.config import Recipe
+from flashdmd.emoji import reward as emoji_reward
+from flashdmd.errors import Interrupted, UserError
+
+
+@pytest.fixture(scope="module", params=["score", "flow"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folders(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp(f"e2e-{family}")
+    score = tiny.score_folder(folder / "score")
+    teacher = score if family == "score" else tiny.flow_folder(folder / "flow")
+    emoji_reward.train(folder / "fit", score, 3, batch=4, n=8)
+    return {"teacher": teacher, "reward": folder / "fit/reward", "here": folder}
+
+
+def recipe(folders: dict[str, Path], output: Path, family: str, *more: str) -> Recipe:
+    shipped = Path(__file__).parents[1] / f"recipes/emoji-{family}.yaml"
+    changes = [
+        f"model.pretrained_model_name_or_path={folders['teacher']}",
+        f"model.reward_model_name_or_path={folders['reward']}",
+        f"output_dir={output}",
+        "train.train_batch_size=2",
+        "train.max_train_steps=2",
+        "train.joint_train_steps=1",
+        "train.checkpointing_steps=1",
+        "train.discriminator_width=8",
+        "train.gan_calibration_steps=[0, 1]",
+        "train.mixed_precision=no",
+        "validation.num_prompts=8",
+        "validation.teacher_steps=5",
+    ]
+    return config.load(shipped, [*changes, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(folders: dict[str, Path], family: str) -> Path:
+    return run.train(recipe(folders, folders["here"] / "run", family), progress=quiet)
+
+
+def quiet(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+    pass
+
+
+NETWORKS = {"unet", "transformer"}
+
+
+def weights(output: Path, name: str = "student") -> dict[str, torch.Tensor]:
+    (path,) = [p for p in (output / name).glob("*/*.safetensors") if p.parent.name in NETWORKS]
+    return load_file(path)
+
+
+def test_both_stages_change_the_student(finished: Path, folders: dict[str, Path]) -> None:
+    start = weights(folders["teacher"].parent, folders["teacher"].name)
+    first, second = weights(finished, "student-stage1"), weights(finished)
+    assert any(not torch.equal(start[k], first[k]) for k in start)
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+    assert all(torch.isfinite(v).all() for v in second.values())
+
+
+def test_the_log_counts_what_was_done(finished: Path) -> None:
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    distill = [r for r in records if r["stage"] == "distill"]
+    joint = [r for r in records if r["stage"] == "joint"]
+    assert [r["generator_updates"] for r in distill] == [1, 1, 2, 2]
+    assert sum("matching" in r for r in distill) == 2
+    assert sum("preference" in r for r in joint) == 5
+    assert sum("matching" in r for r in joint) == 1
+    assert distill[-1]["images"] == 4 * 2
+    assert joint[-1]["images"] == 6 * 2
+    assert joint[-1]["generator_updates"] == 3
+    assert joint[0]["gan_loss_weight"] == distill[-2]["gan_loss_weight"] != 0.1
+
+
+def test_the_student_is_a_stock_pipeline(finished: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(finished / "student")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cat", num_inference_steps=4, guidance_scale=0, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert len(pipeline.scheduler.timesteps) == 4
+    assert "num_inference_steps=4" in (finished / "student/README.md").read_text()
+
+
+def test_a_run_stopped_anywhere_ends_as_the_run_that_was_not(
+    finished: Path, folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """Stopped after every record: in stage 1, between the stages, in stage 2."""
+    import os
+    import signal
+
+    def stop(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    again = recipe(folders, tmp_path / "run", family)
+    stops: list[str] = []
+    while True:
+        try:
+            run.train(again, progress=stop)
+            break
+        except Interrupted as e:
+            stops.append(str(e))
+    assert len(stops) >= 9
+    assert all("The same command goes on from there" in said for said in stops)
+    ours, theirs = weights(tmp_path / "run"), weights(finished)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(
+    finished: Path, folders: dict[str, Path], family: str
+) -> None:
+    with pytest.raises(UserError, match=r"method\.beta: was 500\.0, is 7\.0"):
+        run.train(recipe(folders, finished, family, "method.beta=7"), progress=quiet)
+
+
+def test_dmd2_runs_on_the_same_teacher(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    more = ["train.arm=dmd2", "train.joint_train_steps=0", "train.max_train_steps=1"]
+    output = run.train(recipe(folders, tmp_path / "run", family, *more), progress=quiet)
+    records = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 5
+    assert sum("matching" in r for r in records) == 1
+    assert all({"diffusion", "logistic"} <= r.keys() for r in records)
+
+
+def test_the_table_and_the_report_are_written(
+    finished: Path, folders: dict[str, Path], family: str
+) -> None:
+    from flashdmd import report
+
+    run.measure(recipe(folders, finished, family))
+    result = json.loads((finished / "metrics.json").read_text())
+    arms = ["teacher-5", "teacher-4", "student-stage1", "student-joint"]
+    assert [r["arm"] for r in result["rows"]] == arms
+    assert [r["nfe"] for r in result["rows"]] == [10, 8, 4, 4]
+    assert all(np.isfinite(r["kid"]) and np.isfinite(r["reward"]) for r in result["rows"])
+    page = report.write(finished).read_text()
+    assert "student-joint" in page or "joint" in page
+    picture = np.asarray(Image.open(finished / "samples/teacher-4/00.png"))
+    assert picture.shape == (64, 64, 3)
+
+
+def test_sampling_from_the_command_line(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    command = [
+        sys.executable,
+        "-m",
+        "flashdmd",
+        "sample",
+        str(finished / "student"),
+        "a cat",
+        "a dog",
+    ]
+    done = subprocess.run([*command, "--output", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out).size[0] > 128
+    wrong = subprocess.run([*command, "--steps", "7"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "--steps 4" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

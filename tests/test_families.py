@@ -1,0 +1,215 @@
+"""Our denoisers, prompts and exported students against what stock diffusers computes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flashdmd import export
+from flashdmd.algorithm import Method
+from flashdmd.errors import UserError
+from flashdmd.models import families
+from flashdmd.models.families import Teacher
+from flashdmd.models.padding import RepeatLast, compress
+from flashdmd.sampler import Sampler, guided, times
+
+PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
+
+
+@pytest.fixture(scope="module", params=["score", "flow"])
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    folder = tmp_path_factory.mktemp(request.param) / "pipeline"
+    make = tiny.score_folder if request.param == "score" else tiny.flow_folder
+    return families.load(make(folder))
+
+
+@pytest.fixture
+def calls(teacher: Teacher) -> Iterator[list[tuple[dict, Tensor]]]:
+    """Every call that the stock pipeline makes of its network: (keyword arguments, output)."""
+    seen: list[tuple[dict, Tensor]] = []
+
+    def look(_: object, args: tuple, kwargs: dict, output: tuple) -> None:
+        names = ("sample", "timestep", "encoder_hidden_states")
+        seen.append((dict(zip(names, args, strict=False)) | kwargs, output[0]))
+
+    hook = teacher.denoiser.network.register_forward_hook(look, with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
+def stock(teacher: Teacher, guidance: float) -> None:
+    """The stock pipeline on prompts of its own reading."""
+    pipeline = teacher.pipeline
+    noise = teacher.noise(len(PROMPTS), 0)
+    pipeline(
+        PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="latent"
+    )
+
+
+def test_x0_hat_is_what_the_stock_pipelines_own_call_implies(teacher: Teacher, calls: list) -> None:
+    stock(teacher, guidance=1.0)
+    for arguments, output in list(calls):
+        x_t = arguments.get("sample", arguments.get("hidden_states"))
+        t = arguments["timestep"].expand(len(x_t)).float()
+        theirs = teacher.process.to_x0(output, x_t, t)
+        ours = teacher.denoiser(x_t, t, teacher.encode_prompts(PROMPTS))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_is_what_the_stock_pipelines_own_call_implies(
+    teacher: Teacher, calls: list
+) -> None:
+    stock(teacher, guidance=4.0)
+    for arguments, output in list(calls):
+        x_t, _ = arguments.get("sample", arguments.get("hidden_states")).chunk(2)
+        t = arguments["timestep"].expand(2 * len(x_t))[: len(x_t)].float()
+        nothing, something = output.chunk(2)
+        theirs = teacher.process.to_x0(nothing + 4.0 * (something - nothing), x_t, t)
+        real = guided(teacher.denoiser, teacher.unconditional, 4.0)
+        ours = real(x_t, t, teacher.encode_prompts(PROMPTS))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_pictures_survive_the_autoencoders_own_scale(teacher: Teacher) -> None:
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    vae = teacher.pipeline.vae
+    theirs = vae.decode(vae.encode(images).latent_dist.mode()).sample
+    ours = teacher.decode(teacher.encode(images))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_students_plain_call_is_our_sampler(teacher: Teacher, tmp_path: Path) -> None:
+    """Same noises, same picture: the first is given, the later ones are drawn in the same order."""
+    steps = teacher.default_steps
+    student = teacher.trainable_copy()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    method = Method(
+        student_timesteps=steps,
+        matching_timesteps=steps[:3],
+        adversarial_timesteps=steps[3:],
+        preference_timesteps=steps[:2],
+    )
+    folder = export.write_student(teacher, student, method, tmp_path / "student", "card")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = teacher.noise(2, 7)
+    torch.manual_seed(3)
+    theirs = pipeline(
+        PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=0, output_type="np"
+    ).images
+    torch.manual_seed(3)
+    sampler = Sampler(teacher.process, steps)
+    latents = sampler.sample(student, noise, teacher.encode_prompts(PROMPTS))
+    with torch.no_grad():
+        ours = families.to_uint8(teacher.decode(latents))
+    assert pipeline.scheduler.timesteps.tolist() == list(steps)
+    theirs = (theirs * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+    assert export.trained_steps(folder) == steps
+    assert ours.std() > 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_every_step_list_has_a_stock_scheduler(teacher: Teacher, n: int) -> None:
+    top = teacher.default_steps[0]
+    steps = tuple(round(top - k * 1000 / n) for k in range(n))
+    scheduler = export.scheduler_for(teacher, steps)
+    scheduler.set_timesteps(n)
+    assert [float(t) for t in scheduler.timesteps] == [float(t) for t in steps]
+
+
+def test_steps_off_every_stock_grid_are_refused(teacher: Teacher) -> None:
+    with pytest.raises(UserError, match="cannot be written as a stock scheduler's grid"):
+        export.scheduler_for(teacher, (999, 900, 100))
+
+
+def test_the_middle_of_the_network_is_a_map_of_features(teacher: Teacher) -> None:
+    noise = teacher.noise(2, 0)
+    t, cond = times(500, noise), teacher.encode_prompts(PROMPTS)
+    x0, feature = teacher.denoiser.bottleneck(noise, t, cond)
+    torch.testing.assert_close(x0, teacher.denoiser(noise, t, cond))
+    assert feature.ndim == 4
+    assert len(feature) == 2
+    moved, _ = noise.clone(), None
+    moved[0] += 1
+    other = teacher.denoiser.bottleneck(moved, t, cond)[1]
+    assert not torch.equal(other[0], feature[0])
+    torch.testing.assert_close(other[1], feature[1])
+
+
+def test_one_token_counted_often_equals_equal_tokens() -> None:
+    from diffusers import SD3Transformer2DModel
+
+    network = SD3Transformer2DModel(
+        sample_size=4, patch_size=1, in_channels=4, out_channels=4, num_layers=3,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12,
+        caption_projection_dim=32, pooled_projection_dim=12, pos_embed_max_size=4,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, tokens, pooled = torch.randn(2, 4, 4, 4), torch.randn(2, 7, 12), torch.randn(2, 12)
+    t = torch.tensor([100.0, 900.0])
+    padded = torch.cat([tokens, torch.zeros(2, 50, 12)], dim=1)
+    short, copies = compress(padded)
+    assert (short.shape[1], copies) == (8, 50)
+    with torch.no_grad():
+        expected = network(x, padded, pooled, t).sample
+        with RepeatLast(16 + 8, copies):
+            ours = network(x, short, pooled, t).sample
+        unweighted = network(x, short, pooled, t).sample
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert (unweighted - expected).abs().max() > 0.05
+
+
+def test_a_teacher_without_t5_reads_prompts_as_one_whose_t5_is_silent(tmp_path: Path) -> None:
+    with_t5 = families.load(tiny.flow_folder(tmp_path / "with"))
+    without = families.load(tiny.flow_folder(tmp_path / "without", t5=False))
+    ours, theirs = with_t5.encode_prompts(PROMPTS), without.encode_prompts(PROMPTS)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: None, "is not a folder"),
+        (lambda f: f.mkdir(), "has no model_index.json"),
+        (lambda f: (f.mkdir(), (f / "model_index.json").write_text("{")), "cannot be read"),
+        (
+            lambda f: (
+                f.mkdir(),
+                (f / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}'),
+            ),
+            "is a KolorsPipeline; supported are",
+        ),
+        (
+            lambda f: (
+                f.mkdir(),
+                (f / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}'),
+            ),
+            "cannot be loaded",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_teacher_is_named(tmp_path: Path, spoil: object, message: str) -> None:
+    spoil(tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        families.load(tmp_path / "model")
+
+
+def test_a_truncated_weights_file_is_named(teacher: Teacher, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(teacher.folder, tmp_path / "copy")
+    weights = copy / teacher.family.network / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        families.load(copy)

@@ -1,0 +1,228 @@
+"""Who learns when, what an update leaves alone, and that a resumed run is the uninterrupted one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from networks import STEPS, D, Estimator
+from torch import Tensor, nn
+
+from flashdmd.algorithm import FlashDMD, Method, Stage, cycle
+from flashdmd.baselines import DMD2, dmd2_cycle, dmd2_method
+from flashdmd.errors import UserError
+from flashdmd.sampler import Sampler
+from flashdmd.schedule import Process, VariancePreserving
+from flashdmd.trainer import Batch, Learner, Trainer
+
+SAMPLER = Sampler(Process(VariancePreserving(), "eps"), STEPS)
+
+
+class Net(nn.Module):
+    """x_0_hat = gain x_t + bias with parameters of its own for each quarter of the times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((4, D), 0.5))
+        self.bias = nn.Parameter(torch.full((4, D), 0.1))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        quarter = (t // 250).long()
+        return self.gain[quarter] * x_t + self.bias[quarter]
+
+    def bottleneck(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        x0 = self(x_t, t, cond)
+        return x0, x0
+
+
+def batches(n: int) -> Batch:
+    draw = torch.Generator().manual_seed(n)
+    noise, real = torch.randn(2, 16, D, generator=draw)
+    return Batch(noise, {"c": noise}, real, real, {"c": noise})
+
+
+def learner(network: nn.Module, warmup: int = 1) -> Learner:
+    return Learner(network, torch.optim.AdamW(network.parameters(), 1e-2), 1e-2, warmup, 10.0)
+
+
+def trainer(stage: Stage = "joint", method: Method | None = None, **options) -> Trainer:
+    torch.manual_seed(0)
+    method = method or Method(beta=5.0)
+    generator, score, discriminator = Net(), Net(), nn.Linear(D, 3)
+    reference = copy.deepcopy(generator).requires_grad_(False)
+
+    def reward(z: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return z.sum(1)
+
+    algorithm = FlashDMD(
+        method, SAMPLER, Estimator(0.2, 1.0), generator, score, discriminator,
+        decode=lambda x: x, reward=reward, reference=reference,
+    )  # fmt: skip
+    learners = {
+        "generator": learner(generator),
+        "score": learner(score),
+        "discriminator": learner(discriminator),
+        "preference": learner(generator),
+    }
+    return Trainer(algorithm, cycle(method, stage), batches, learners, stage=stage, **options)
+
+
+def dmd2_trainer() -> Trainer:
+    torch.manual_seed(0)
+    method = dmd2_method(Method())
+    generator, score, head = Net(), Net(), nn.Linear(D, 1)
+    algorithm = DMD2(method, SAMPLER, Estimator(0.2, 1.0), generator, score, head)
+    learners = {
+        "generator": learner(generator),
+        "score": learner(score),
+        "discriminator": learner(head),
+    }
+    return Trainer(algorithm, dmd2_cycle(method, "distill"), batches, learners)
+
+
+def weights(t: Trainer) -> dict[str, list[Tensor]]:
+    return {
+        name: [p.detach().clone() for p in network.parameters()]
+        for name, network in t.networks().items()
+    }
+
+
+def changed(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> set[str]:
+    return {
+        name
+        for name in before
+        if any(not torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
+    }
+
+
+def test_a_preference_iteration_moves_the_generator_and_the_coupled_score_alone() -> None:
+    t = trainer()
+    for _ in range(2):  # ttur = 2: the distilling iterations
+        t.iterate()
+    before = weights(t)
+    t.iterate()
+    assert changed(before, weights(t)) == {"generator", "score"}
+    t.algorithm.method = Method(beta=5.0, score_coupling=1.0)
+    before = weights(t)
+    t.iterate()
+    assert changed(before, weights(t)) == {"generator"}
+
+
+def test_between_its_turns_the_generator_rests() -> None:
+    t = trainer("distill")
+    t.iterate()
+    before = weights(t)
+    t.iterate()
+    assert changed(before, weights(t)) == {"score", "discriminator"}
+
+
+@pytest.mark.parametrize("ttur", [1, 2, 5])
+def test_updates_are_counted_as_the_paper_counts_them(ttur: int) -> None:
+    t = trainer("joint", Method(ttur=ttur, beta=5.0))
+    for _ in range(3 * (ttur + 5)):
+        t.iterate()
+    assert t.state.updates == {
+        "generator": 3, "score": 3 * ttur, "discriminator": 3 * ttur, "preference": 15,
+    }  # fmt: skip
+    assert t.state.images == 3 * ttur * 16
+
+
+def test_dmd2_learns_its_score_five_times_a_generator_update() -> None:
+    t = dmd2_trainer()
+    for _ in range(10):
+        t.iterate()
+    assert t.state.updates == {"generator": 2, "score": 10, "discriminator": 10}
+
+
+@pytest.mark.parametrize("make", [trainer, dmd2_trainer])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make, tmp_path: Path) -> None:
+    whole, first, second = make(), make(), make()
+    for _ in range(17):
+        whole.iterate()
+    for _ in range(8):
+        first.iterate()
+    first.save(tmp_path / "checkpoint-8")
+    torch.randn(7)  # what happened in between does not matter
+    second.restore(tmp_path / "checkpoint-8")
+    for _ in range(9):
+        second.iterate()
+    assert not changed(weights(whole), weights(second))
+    assert whole.state == second.state
+    for a, b in zip(whole.optimizers().values(), second.optimizers().values(), strict=True):
+        for x, y in zip(a.state.values(), b.state.values(), strict=True):
+            assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_a_run_of_another_seed_or_rank_is_another_run() -> None:
+    runs = [trainer(seed=0), trainer(seed=1), trainer(rank=1)]
+    for t in runs:
+        t.iterate()
+    ours, *others = (weights(t) for t in runs)
+    assert all(changed(ours, other) for other in others)
+
+
+def test_calibration_makes_the_gradient_ratio_what_was_asked() -> None:
+    """With rates of zero nothing moves, so the ratio after is the ratio asked for, up to draws."""
+    method = Method(gan_gradient_ratio=0.25, ttur=1)
+    t = trainer("distill", method, calibration=(0, 200))
+    for name, one in list(t.learners.items()):
+        t.learners[name] = Learner(one.network, one.optimizer, 0.0, 1, 10.0)
+    records = [t.iterate() for _ in range(600)]
+    before, after = records[0], records[-1]
+    assert before["gan_loss_weight"] == 0.1
+    assert after["gan_loss_weight"] != 0.1
+    late = records[200:]
+    matching = sum(r["generator/grad_norm_matching"] for r in late)
+    adversarial = sum(r["generator/grad_norm_adversarial"] for r in late)
+    assert adversarial / matching == pytest.approx(0.25, rel=0.1)
+    assert len({r["gan_loss_weight"] for r in late[1:]}) == 1
+
+
+def test_the_norms_of_both_terms_are_of_the_gradients_that_were_added() -> None:
+    """Each step has parameters of its own, so the squares of the terms add up to the whole."""
+    t = trainer("distill", Method(gan_gradient_ratio=None))
+    record = t.iterate()
+    terms = record["generator/grad_norm_matching"], record["generator/grad_norm_adversarial"]
+    assert all(n > 0 for n in terms)
+    whole = record["generator/grad_norm"]
+    assert whole == pytest.approx((terms[0] ** 2 + terms[1] ** 2) ** 0.5, rel=1e-5)
+
+
+def test_warm_up_counts_a_networks_own_updates() -> None:
+    t = trainer("distill", Method(ttur=5))
+    network = t.learners["generator"].network
+    optimizer = torch.optim.SGD(network.parameters(), 1.0)
+    t.learners["generator"] = Learner(network, optimizer, 1.0, 4, 10.0)
+    rates = []
+    for _ in range(20):
+        t.iterate()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[::5] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    t = trainer("distill")
+    with torch.no_grad():
+        next(t.learners["generator"].network.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="iteration 0 of stage distill"):
+        t.iterate()
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path: Path) -> None:
+    trainer().save(tmp_path / "checkpoint-1")
+    other = trainer()
+    other.learners["discriminator"] = learner(nn.Sequential(nn.Linear(D, 3)))
+    with pytest.raises(UserError, match="discriminator is of another network"):
+        other.restore(tmp_path / "checkpoint-1")
+
+
+def test_milliseconds_add_up(tmp_path: Path) -> None:
+    t = trainer("distill")
+    for name in ("generator", "score", "discriminator"):
+        t.stopwatch.attach(t.learners[name].network, name)
+    for _ in range(6):
+        t.iterate()
+    parts = t.stopwatch.milliseconds()
+    assert set(parts) == {"generator", "score", "discriminator", "optimizers", "everything else"}
+    assert all(v > 0 for v in parts.values())
+    assert sum(parts.values()) == pytest.approx(1000 * t.stopwatch.total / 6)

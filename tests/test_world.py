@@ -1,0 +1,154 @@
+"""The embedded world: what is held out, what captions say, which pairs are drawn."""
+
+import io
+import json
+import zipfile
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from flashdmd.emoji import pack, pairs
+from flashdmd.emoji.teacher import TEXT_LENGTH, tokens, train_tokenizer
+from flashdmd.emoji.world import PACKED, STYLES, World
+from flashdmd.evaluate.protocol import answers
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def test_every_held_out_concept_is_seen_in_another_style(world: World) -> None:
+    seen = defaultdict(set)
+    for e in world.emoji:
+        if e.split == "train":
+            seen[e.concept].add(e.style)
+    held_out = [e for e in world.emoji if e.split == "test"]
+    assert 200 < len(held_out) < 400
+    assert all(seen[e.concept] - {e.style} for e in held_out)
+    assert len({(e.concept, e.style) for e in world.emoji}) == len(world.emoji)
+
+
+def test_a_rendering_is_a_function_of_its_generator(world: World) -> None:
+    first, again = (world.render(5, np.random.default_rng(3)) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, world.render(5, np.random.default_rng(4)))
+
+
+def test_captions_tell_the_truth_and_no_nuisance(world: World) -> None:
+    rng = np.random.default_rng(0)
+    broad = 0
+    for i in rng.integers(len(world.emoji), size=2000):
+        e, caption = world.emoji[i], world.caption(i, rng)
+        others = set(STYLES) - {e.style}
+        assert not others & set(caption.split())
+        known = {e.name, e.subject, *e.keywords}
+        assert caption == f"{e.style} emoji" or any(k in caption for k in known)
+        broad += e.name not in caption
+    assert 0.2 < broad / 2000 < 0.5
+
+
+def test_no_caption_is_cut(world: World, tmp_path) -> None:
+    tokenizer = train_tokenizer(world, tmp_path)
+    rng = np.random.default_rng(0)
+    captions = [world.caption(i, rng) for i in range(len(world.emoji))]
+    longest = max(len(tokenizer(c).input_ids) for c in captions)
+    assert longest <= TEXT_LENGTH
+    ids = tokens(tokenizer, ["fluent emoji of a strawberry"])
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "fluent emoji of a strawberry"
+
+
+def test_mirror_images_are_only_made_where_they_are_right(world: World) -> None:
+    named = {e.name: e for e in world.emoji}
+    assert not named["calendar"].mirrors
+    assert named["strawberry"].mirrors
+
+
+def test_code_points_have_one_spelling() -> None:
+    assert pack.code("0023-FE0F-20E3") == pack.code("23-20e3") == "23-20e3"
+
+
+def test_the_packed_folder_is_an_image_folder() -> None:
+    with zipfile.ZipFile(PACKED) as folder:
+        records = [json.loads(x) for x in folder.read("metadata.jsonl").decode().splitlines()]
+        names = set(folder.namelist())
+        assert {r["file_name"] for r in records} | {"metadata.jsonl"} == names
+        assert folder.read(records[0]["file_name"])[8:12] == b"WEBP"
+
+
+def test_packing_gives_the_same_bytes_and_splits(tmp_path) -> None:
+    """On a table of two concepts drawn here, in the layout of the npm packages."""
+    from PIL import Image
+
+    def picture(path, colour, size=64):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (size, size), colour).save(path)
+
+    entries = [
+        {
+            "unified": "1F353",
+            "image": "1f353.png",
+            "category": "Food & Drink",
+            "subcategory": "food-fruit",
+        },
+        {"unified": "1F1EE", "image": "1f1ee.png", "category": "Flags", "subcategory": "flag"},
+    ]
+    table = tmp_path / "emoji-datasource-google/emoji.json"
+    for name in ("google", "twitter"):
+        picture(tmp_path / f"emoji-datasource-{name}/img/{name}/64/1f353.png", "red")
+    table.write_text(json.dumps(entries))
+    picture(tmp_path / "@lobehub/fluent-emoji-3d/assets/1f353.webp", "blue", 256)
+    words = tmp_path / "emojilib/dist/emoji-en-US.json"
+    words.parent.mkdir(parents=True)
+    words.write_text(json.dumps({"🍓": ["strawberry", "fruit", ":)"], "🇮": ["flag"]}))
+    counts = [pack.pack(tmp_path, tmp_path / f"{k}.zip") for k in "ab"]
+    assert counts == [3, 3]
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    made = World(tmp_path / "a.zip")
+    assert {(e.style, e.name, e.keywords) for e in made.emoji} == {
+        (s, "strawberry", ("fruit",)) for s in STYLES
+    }
+
+
+@pytest.mark.parametrize("kind", pairs.KINDS)
+def test_pairs_differ_in_what_their_kind_says(world: World, kind: pairs.Kind) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        pair = pairs.draw(world, "test", rng, kind)
+        assert pair.win.shape == pair.lose.shape == (3, 64, 64)
+        assert not np.array_equal(pair.win, pair.lose)
+        assert pair.name in pair.caption
+        assert (kind == "shaded") == (not set(STYLES) & set(pair.caption.split()))
+
+
+def test_a_pair_of_training_never_shows_a_held_out_picture(world: World) -> None:
+    groups = pairs.index(world, "train")
+    used = {i for styles in groups.by_concept.values() for i in styles.values()} | set(
+        groups.indices
+    )
+    assert all(world.emoji[i].split == "train" for i in used)
+
+
+def test_a_corruption_hurts(world: World) -> None:
+    rng = np.random.default_rng(0)
+    picture = world.render(10, rng)
+    errors = [np.abs(pairs.corrupt(picture, rng).astype(int) - picture).mean() for _ in range(40)]
+    assert min(errors) > 0.5
+
+
+def test_broad_prompts_are_answered_by_what_they_ask(world: World) -> None:
+    bird = next(i for i, e in enumerate(world.emoji) if e.subject == "bird" and e.style == "noto")
+    assert answers(world, bird, "a bird emoji")
+    assert answers(world, bird, "noto emoji")
+    assert answers(world, bird, "noto emoji of a bird")
+    assert not answers(world, bird, "fluent emoji")
+    assert not answers(world, bird, "noto emoji of a vehicle")
+
+
+def test_pictures_can_be_read_one_by_one() -> None:
+    with zipfile.ZipFile(PACKED) as folder:
+        content = folder.read("fluent/1f353.webp")
+    from PIL import Image
+
+    assert Image.open(io.BytesIO(content)).size == (64, 64)
