@@ -77,6 +77,7 @@ def test_dmd2s_numbers_replace_flash_dmds_and_the_rest_is_kept():
     assert method.matching_timesteps == method.student_timesteps == STEPS
     assert method.ttur == 5
     assert method.renoise == "full"
+    assert method.score_coupling == 1.0
     assert (method.gan_loss_weight, method.gan_gradient_ratio) == (5e-3, None)
     assert method.teacher_guidance_scale == 5.0
 

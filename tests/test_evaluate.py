@@ -62,6 +62,35 @@ def test_equal_laws_cannot_be_told_apart() -> None:
     assert sum(low < 0 < high for low, high in intervals) >= 36
 
 
+def test_kid_is_not_moved_by_what_both_sets_show() -> None:
+    """400 worlds of 12 things, each seen 1 + 3 times: no bias within 4 standard errors."""
+    of = torch.arange(12), torch.arange(12).repeat(3)
+    aware, plain = [], []
+    for things in torch.randn(400, 12, 4):
+        x, y = (things[o] + 0.5 * torch.randn(len(o), 4) for o in of)
+        aware.append(kid(x, y, of))
+        plain.append(kid(x, y))
+    error = 4 / 400**0.5
+    assert abs(np.mean(aware)) < error * np.std(aware)
+    assert np.mean(plain) < -5 * error * np.std(plain) / 4
+
+
+def test_real_held_out_renderings_are_at_no_distance(bench: Bench) -> None:
+    """From others of the same pictures; and so are as many training pictures (0.02 at most)."""
+    whole = Bench(Protocol(real_renderings=1), bench.judge)
+    chosen = {e.prompt: i for i, e in enumerate(whole.world.emoji)}
+    rng = np.random.default_rng(0)
+    same = [chosen[p] for p in whole.prompts]
+    for pictures in (same, list(rng.permutation(whole.world.indices("train"))[: len(same)])):
+        features = whole.pooled(np.stack([whole.world.render(i, rng) for i in pictures]))
+        of = torch.tensor(pictures), whole.of[1]
+        low, high = interval(features, whole.real, of)
+        assert low < 0 < high
+        assert abs(kid(features, whole.real, of)) < 0.05
+        if pictures == same:
+            assert kid(features, whole.real) < -0.1
+
+
 def test_diversity_is_the_naive_mean_of_distances() -> None:
     maps = [torch.randn(4, 6, 3, 3), torch.randn(4, 5, 2, 2)]
     total, n = 0.0, 4

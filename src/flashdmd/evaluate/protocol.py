@@ -19,7 +19,7 @@ from flashdmd.evaluate.diversity import pairwise
 from flashdmd.evaluate.kid import interval, kid
 from flashdmd.seeds import seed_of
 
-VERSION = 1  # of everything in this folder that decides a number
+VERSION = 2  # of everything in this folder that decides a number
 BROAD = (  # prompts that many pictures answer
     "fluent emoji", "twemoji emoji", "noto emoji", "fluent emoji of a mammal",
     "noto emoji of a vehicle", "twemoji emoji of a fruit", "a bird emoji", "a building emoji",
@@ -45,18 +45,19 @@ class Bench:
 
     def __init__(self, protocol: Protocol, judge: Judge) -> None:
         self.protocol, self.judge, self.world = protocol, judge, World()
-        held_out = [self.world.emoji[i] for i in self.world.indices("test")]
+        held_out = self.world.indices("test")
         order = np.random.default_rng(seed_of("prompts")).permutation(len(held_out))
-        chosen = [held_out[i] for i in order[: protocol.num_prompts]]
-        self.prompts = [e.prompt for e in chosen]
-        self.names = [e.name for e in chosen]
+        asked = [held_out[i] for i in order[: protocol.num_prompts]]
+        self.prompts = [self.world.emoji[i].prompt for i in asked]
+        self.names = [self.world.emoji[i].name for i in asked]
+        reference = held_out * protocol.real_renderings
+        self.of = torch.tensor(asked), torch.tensor(reference)  # pictures that KID keeps apart
 
     @cached_property
     def real_pictures(self) -> np.ndarray:
         """(N, 3, H, W) real held-out pictures, the reference of KID."""
         rng = np.random.default_rng(seed_of("real", self.protocol.seed))
-        indices = self.world.indices("test") * self.protocol.real_renderings
-        return np.stack([self.world.render(i, rng) for i in indices])
+        return np.stack([self.world.render(int(i), rng) for i in self.of[1]])
 
     @cached_property
     def real(self) -> Tensor:
@@ -99,8 +100,8 @@ class Bench:
         return {
             "arm": arm,
             "nfe": nfe,
-            "kid": kid(features, self.real),
-            "kid_ci": list(interval(features, self.real)),
+            "kid": kid(features, self.real, self.of),
+            "kid_ci": list(interval(features, self.real, self.of)),
             "retrieval": retrieval(self.judge, judged, self.names)["top5"],
             "reward": float(reward(pictures, self.prompts).mean()) if reward else None,
             "held_out_reward": float(self.judge.prefer(judged, self.judge.rows(self.names)).mean()),
