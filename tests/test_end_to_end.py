@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from flashdmd import config, run
+from flashdmd import compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
@@ -157,6 +157,34 @@ def test_the_table_and_the_report_are_written(
     assert "student-joint" in page or "joint" in page
     picture = np.asarray(Image.open(finished / "samples/teacher-4/00.png"))
     assert picture.shape == (64, 64, 3)
+
+
+def test_every_arm_stands_in_one_table(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    if family == "flow":
+        pytest.skip("the arms are the same; their runs are tested above")
+    changes = ["train.max_train_steps=5", "validation.teacher_steps=2"]
+    base = recipe(folders, tmp_path, family, *changes)
+    written = compare.compare(base, [0, 1], ["flash-dmd", "rl", "dmd2"], tmp_path)
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    of = {(r["arm"], r["seed"]): r for r in rows}
+    assert {name for name, _ in of} == {
+        "teacher, 2 steps", "teacher, 4 steps",
+        compare.STAGE_1, compare.JOINT, compare.RL, compare.DMD2,
+    }  # fmt: skip
+    assert of[compare.DMD2, 0]["images"] == of[compare.STAGE_1, 0]["images"] == 20
+    assert of[compare.DMD2, 0]["generator_updates"] == 2
+    assert of[compare.JOINT, 1]["generator_updates"] == 6
+    assert of[compare.STAGE_1, 0]["kid"] != of[compare.STAGE_1, 1]["kid"]
+    start, end = tmp_path / "seed-0/flash-dmd/student-stage1", tmp_path / "seed-0/rl/student"
+    before, after = (weights(p.parent, p.name) for p in (start, end))
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    first = weights(tmp_path / "seed-0/rl", "student-stage1")
+    assert all(torch.equal(before[k], first[k]) for k in before)
+    updates = (tmp_path / "seed-0/rl/metrics.jsonl").read_text().splitlines()
+    assert len(updates) == 5
+    assert written.read_text().count("\n") == 2 + 6
 
 
 def test_sampling_from_the_command_line(finished: Path, tmp_path: Path) -> None:

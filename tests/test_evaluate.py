@@ -11,7 +11,7 @@ from flashdmd.emoji.judge import Judge, retrieval
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.evaluate.diversity import pairwise
-from flashdmd.evaluate.kid import DEGREE, interval, kid
+from flashdmd.evaluate.kid import BOOTSTRAPS, DEGREE, interval, kid
 from flashdmd.evaluate.protocol import Bench, Protocol, as_images, table
 
 
@@ -73,6 +73,17 @@ def test_kid_is_not_moved_by_what_both_sets_show() -> None:
     error = 4 / 400**0.5
     assert abs(np.mean(aware)) < error * np.std(aware)
     assert np.mean(plain) < -5 * error * np.std(plain) / 4
+
+
+def test_halves_keep_what_they_show() -> None:
+    """The interval against kid() of each half: nothing is mixed up when rows are drawn."""
+    x, y, draw = torch.randn(16, 3), torch.randn(30, 3), torch.Generator().manual_seed(7)
+    of = torch.arange(16).flip(0), torch.arange(15).repeat(2)
+    rows = [torch.randperm(16, generator=draw)[:8] for _ in range(BOOTSTRAPS)]
+    spread = np.std([kid(x[r], y, (of[0][r], of[1])) for r in rows], ddof=1)
+    low, high = interval(x, y, of, seed=7)
+    assert (high - low) / 2 == pytest.approx(1.96 * spread)
+    assert (high + low) / 2 == pytest.approx(kid(x, y, of))
 
 
 def test_real_held_out_renderings_are_at_no_distance(bench: Bench) -> None:
@@ -183,6 +194,9 @@ def test_a_row_of_real_pictures_beats_one_of_noise(bench: Bench) -> None:
 
     good = bench.measure("real", 1, real, None)
     bad = bench.measure("noise", 1, noise, None)
+    again = bench.pooled(real(bench.prompts, bench.protocol.seed))
+    assert good["kid"] == pytest.approx(kid(again, bench.real, bench.of), rel=1e-4)
+    assert good["kid_ci"] == pytest.approx(interval(again, bench.real, bench.of), rel=1e-4)
     assert good["kid"] < bad["kid"]
     assert good["retrieval"] > bad["retrieval"] + 0.3
     assert good["held_out_reward"] > bad["held_out_reward"]

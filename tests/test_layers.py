@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"batches", "export", "report"},
     {"session"},
     {"run"},
+    {"compare"},
     {"cli", "__main__"},
 ]
 CORE = ("schedule", "losses", "sampler", "algorithm", "baselines", "discriminator", "reward")

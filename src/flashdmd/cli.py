@@ -104,6 +104,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or emoji-score or emoji-flow.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 3,
+    arms: Annotated[str, typer.Option(help="Some of them, with commas.")] = "flash-dmd,rl,dmd2",
+    output_dir: Annotated[Path, typer.Option()] = Path("runs/compare"),
+) -> None:
+    """Flash-DMD, RL alone and DMD2 at equal cost, several seeds, in one table."""
+    from flashdmd import compare, run
+
+    planned = [arm.strip() for arm in arms.split(",")]
+    read = run.read_recipe(recipe, overrides or [], output_dir)
+    table = compare.compare(read, range(seeds), planned, output_dir)
+    typer.echo(table.read_text("utf-8"))
+    typer.echo(f"Wrote {table}")
+
+
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Write report.html for a run from what is in its folder."""
     from flashdmd.report import write

@@ -52,9 +52,11 @@ class Model(Section):
         "emoji-reward"  # a folder, emoji-reward; None: stage 1 only
     )
 
+    student_model_name_or_path: str | None = None  # a student to start from; None: the teacher
+
 
 class Data(Section):
-    train_data_dir: str = "emoji"  # real pictures for the discriminator: the embedded world
+    train_data_dir: str = "emoji"  # real pictures and captions: a folder, or the embedded world
     prompts: str | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
 
 

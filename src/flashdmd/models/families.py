@@ -166,6 +166,12 @@ class Teacher:
         return int(config.in_channels), size, size
 
     @property
+    def image_size(self) -> int:
+        """Pixels across a picture."""
+        factor: int = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * factor
+
+    @property
     def default_steps(self) -> tuple[int, ...]:
         return (999, 749, 499, 249) if self.family.kind == "score" else (1000, 750, 500, 250)
 

@@ -1,0 +1,164 @@
+"""Methods side by side: every arm from the same teacher, several seeds, one protocol, one table."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+from flashdmd import run
+from flashdmd.baselines import TTUR
+from flashdmd.config import Recipe
+from flashdmd.emoji import judge
+from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import UserError
+from flashdmd.evaluate.protocol import Bench, Protocol
+from flashdmd.files import write_text
+from flashdmd.models import families
+from flashdmd.session import load_reward, load_teacher, write_json
+
+FIGURES = ("kid", "retrieval", "reward", "held_out_reward", "diversity")
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 1..9 degrees of freedom
+STAGE_1, JOINT = "flash-dmd, stage 1", "flash-dmd, joint RL"
+RL, DMD2 = "stage 1, then RL alone", "dmd2, equal cost"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the comparison, and which of its students stand in the table under which name."""
+
+    folder: str
+    changes: Callable[[Recipe, Path], dict[str, Any]]  # (recipe, folder of this seed) -> overrides
+    students: dict[str, str]
+
+
+def flash(recipe: Recipe, _: Path) -> dict[str, Any]:
+    return {"train.arm": "flash-dmd", "train.stage2": "joint"}
+
+
+def dmd2(recipe: Recipe, _: Path) -> dict[str, Any]:
+    """As many images as stage 1 of Flash-DMD: fewer generator updates, at DMD2's ttur."""
+    iterations = recipe.train.max_train_steps * recipe.method.ttur
+    if iterations % TTUR:
+        raise UserError(
+            f"train.max_train_steps={recipe.train.max_train_steps} at method.ttur="
+            f"{recipe.method.ttur} is {iterations} iterations, which DMD2 cannot match: it makes a "
+            f"generator update in {TTUR}; choose max_train_steps so that {TTUR} divides it"
+        )
+    return {
+        "train.arm": "dmd2",
+        "train.max_train_steps": iterations // TTUR,
+        "train.joint_train_steps": 0,
+    }
+
+
+def rl(recipe: Recipe, seed: Path) -> dict[str, Any]:
+    """As many preference updates as the joint stage makes, on the same student, without it."""
+    updates = recipe.train.joint_train_steps * recipe.method.preferences_per_distillation
+    return {
+        "model.student_model_name_or_path": str(seed / "flash-dmd/student-stage1"),
+        "train.max_train_steps": 0,
+        "train.stage2": "rl",
+        "train.joint_train_steps": updates,
+    }
+
+
+PLAN = {
+    "flash-dmd": Planned("flash-dmd", flash, {STAGE_1: "student-stage1", JOINT: "student"}),
+    "rl": Planned("rl", rl, {RL: "student"}),
+    "dmd2": Planned("dmd2", dmd2, {DMD2: "student"}),
+}
+
+
+def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: Path) -> Path:
+    """Trains each arm with each seed, measures all students and the teacher, writes comparison.md.
+
+    What is finished is not done again, so a comparison that was stopped goes on. Raises UserError
+    for an unknown arm, or one that needs another which is not there.
+    """
+    if unknown := [a for a in arms if a not in PLAN]:
+        raise UserError(f"there is no arm {unknown[0]!r}; there are {', '.join(PLAN)}")
+    if "rl" in arms and "flash-dmd" not in arms:
+        raise UserError("the arm 'rl' starts from the students of 'flash-dmd': name both")
+    if "rl" in arms and not recipe.train.joint_train_steps:
+        raise UserError("the arm 'rl' makes as many updates as stage 2: train.joint_train_steps=0")
+    recipes = {
+        (arm, seed): variant(recipe, PLAN[arm], seed, output / f"seed-{seed}")
+        for seed in seeds
+        for arm in PLAN  # in this order: "rl" takes over from "flash-dmd"
+        if arm in arms
+    }
+    for one in recipes.values():
+        run.train(one)
+    teacher = load_teacher(recipe.model.pretrained_model_name_or_path)
+    validation, steps = recipe.validation, len(recipe.method.student_timesteps)
+    bench = Bench(
+        Protocol(num_prompts=validation.num_prompts, seed=validation.seed),
+        judge.load(ASSETS / "judge"),
+    )
+    reward_name = recipe.model.reward_model_name_or_path
+    score = run.scorer(load_reward(reward_name, teacher), teacher) if reward_name else None
+    guidance = recipe.method.teacher_guidance_scale
+    drawers = {
+        (f"teacher, {n} steps", None): (run.Arm(teacher, n, guidance), "")
+        for n in (validation.teacher_steps, steps)
+    } | {
+        (name, seed): (run.Arm(families.load(folder), steps, 0.0), one.output_dir)
+        for (arm, seed), one in recipes.items()
+        for name, part in PLAN[arm].students.items()
+        if (folder := Path(one.output_dir) / part).is_dir()
+        and (name != JOINT or one.train.joint_train_steps)
+    }
+    rows = []
+    for (name, seed), (drawer, folder) in tqdm(drawers.items(), desc="measure", unit="arm"):
+        row = bench.measure(name, drawer.nfe, drawer.draw, score)
+        rows.append(row | {"seed": seed, **(cost(Path(folder), name) if folder else {})})
+    write_json(output / "comparison.json", {"fingerprint": bench.fingerprint(), "rows": rows})
+    write_text(output / "comparison.md", table(rows))
+    return output / "comparison.md"
+
+
+def variant(recipe: Recipe, planned: Planned, seed: int, folder: Path) -> Recipe:
+    """The recipe of one arm and seed."""
+    content = json.loads(recipe.model_dump_json())
+    changes = planned.changes(recipe, folder) | {"train.seed": seed}
+    for name, value in changes.items():
+        section, key = name.split(".")
+        content[section][key] = value
+    content["output_dir"] = str(folder / planned.folder)
+    return Recipe.model_validate(content)
+
+
+def cost(folder: Path, name: str) -> dict[str, int]:
+    """Images and generator updates of a run's stage, as its log counted them."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    if name == STAGE_1:
+        records = [r for r in records if r["stage"] == "distill"]
+    last = records[-1] if records else {"images": 0, "generator_updates": 0}
+    return {k: int(last[k]) for k in ("images", "generator_updates")}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, from two seeds on, the half width of its 95 % interval (Student's t)."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
+    return f"{mean(values):.3f} ± {quantile * stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line an arm, over its seeds."""
+    heads = ("arm", "seeds", "calls", "images", "generator updates", *FIGURES)
+    lines = [heads, ("---",) * len(heads)]
+    for name in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == name]
+        counts = [str(mine[0].get(k, "")) for k in ("images", "generator_updates")]
+        figures = [
+            spread([row[k] for row in mine]) if mine[0][k] is not None else "" for k in FIGURES
+        ]
+        lines.append((name, str(len(mine)), str(mine[0]["nfe"]), *counts, *figures))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
