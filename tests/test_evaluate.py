@@ -180,13 +180,7 @@ def test_a_name_the_judge_does_not_know_is_named(bench: Bench) -> None:
 
 
 def test_a_row_of_real_pictures_beats_one_of_noise(bench: Bench) -> None:
-    chosen = {e.prompt: i for i, e in enumerate(bench.world.emoji)}
-
-    def real(prompts: list[str], seed: int) -> np.ndarray:
-        rng = np.random.default_rng(seed)
-        if prompts[0] not in chosen:
-            return bench.real_broad()
-        return np.stack([bench.world.render(chosen[p], rng) for p in prompts])
+    real = bench.draw_real
 
     def noise(prompts: list[str], seed: int) -> np.ndarray:
         rng = np.random.default_rng(seed)

@@ -7,10 +7,11 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flashdmd.emoji import pack, pairs
 from flashdmd.emoji.teacher import TEXT_LENGTH, tokens, train_tokenizer
-from flashdmd.emoji.world import PACKED, STYLES, World
+from flashdmd.emoji.world import PACKED, SIZE, STYLES, World
 from flashdmd.evaluate.protocol import answers
 
 
@@ -65,6 +66,19 @@ def test_mirror_images_are_only_made_where_they_are_right(world: World) -> None:
     assert named["strawberry"].mirrors
 
 
+def test_pictures_move_by_whole_cells() -> None:
+    """A square that fills its picture covers 7 or 8 cells each way, from a corner of the grid."""
+    world, rng = World(), np.random.default_rng(0)
+    i = next(i for i, e in enumerate(world.emoji) if not e.mirrors)
+    world.pictures[i] = Image.new("RGBA", (SIZE, SIZE), (1, 1, 1))
+    seen = set()
+    for _ in range(100):
+        rows, columns = np.where(world.render(i, rng).sum(0) == 3)
+        seen.add((rows.min(), rows.max() + 1, columns.min(), columns.max() + 1))
+    small = {(r, r + 56, c, c + 56) for r in (0, 8) for c in (0, 8)}
+    assert seen == small | {(0, 64, 0, 64)}
+
+
 def test_code_points_have_one_spelling() -> None:
     assert pack.code("0023-FE0F-20E3") == pack.code("23-20e3") == "23-20e3"
 
@@ -79,7 +93,6 @@ def test_the_packed_folder_is_an_image_folder() -> None:
 
 def test_packing_gives_the_same_bytes_and_splits(tmp_path) -> None:
     """On a table of two concepts drawn here, in the layout of the npm packages."""
-    from PIL import Image
 
     def picture(path, colour, size=64):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +162,5 @@ def test_broad_prompts_are_answered_by_what_they_ask(world: World) -> None:
 def test_pictures_can_be_read_one_by_one() -> None:
     with zipfile.ZipFile(PACKED) as folder:
         content = folder.read("fluent/1f353.webp")
-    from PIL import Image
 
     assert Image.open(io.BytesIO(content)).size == (64, 64)

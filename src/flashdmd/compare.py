@@ -112,7 +112,7 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
         if (folder := Path(one.output_dir) / part).is_dir()
         and (name != JOINT or one.train.joint_train_steps)
     }
-    rows = []
+    rows = [bench.measure(run.REAL, 0, bench.draw_real, None)]
     for (name, seed), (drawer, folder) in tqdm(drawers.items(), desc="measure", unit="arm"):
         row = bench.measure(name, drawer.nfe, drawer.draw, score)
         rows.append(row | {"seed": seed, **(cost(Path(folder), name) if folder else {})})

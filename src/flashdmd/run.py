@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 RECIPES = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
 GUIDANCE = 3.0  # of a teacher, where nothing says otherwise
 DRAWN_AT_ONCE = 64
+REAL = "real pictures"
 COMPARED = 8  # prompts of comparison.png
 
 MAY_CHANGE = {  # keys that a resumed run may have otherwise than the run it goes on from
@@ -257,9 +258,12 @@ def scorer(reward: EmojiReward, teacher: Teacher) -> Score:
 
 
 def evaluate(models: list[str], output: Path, num_prompts: int = 276) -> Path:
-    """Any models in one table: teachers at 50 and at 4 guided steps, students as trained."""
+    """Any models in one table: teachers at 50 and at 4 guided steps, students as trained.
+
+    The first row is of real pictures.
+    """
     bench = Bench(Protocol(num_prompts=num_prompts), judge.load(ASSETS / "judge"))
-    rows = []
+    rows = [bench.measure(REAL, 0, bench.draw_real, None)]
     for model in models:
         teacher = load_teacher(model)
         trained = export.trained_steps(Path(model))

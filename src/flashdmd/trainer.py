@@ -177,13 +177,13 @@ class Trainer:
         network = self.learners["generator"].network
         # DMD2's two terms share the forward at t
         loss.terms["matching"].backward(retain_graph=isinstance(self.algorithm, DMD2))
-        matching = gradients(network)
+        matching = take_gradients(network)
         loss.terms["adversarial"].backward()
-        both = gradients(network)
-        norms = (
-            norm_of(matching),
-            norm_of([b - m for b, m in zip(both, matching, strict=True)]),
-        )
+        adversarial = take_gradients(network)
+        norms = norm_of(matching), norm_of(adversarial)
+        for p in network.parameters():
+            terms = [taken[p] for taken in (matching, adversarial) if p in taken]
+            p.grad = terms[0].add_(terms[1]) if len(terms) == 2 else next(iter(terms), None)
         self.calibrate(*norms)
         return {
             "generator/grad_norm_matching": norms[0],
@@ -233,11 +233,15 @@ class Trainer:
         return {name: learner.optimizer for name, learner in self.learners.items()}
 
 
-def gradients(network: nn.Module) -> list[Tensor]:
-    """A copy of each parameter's gradient; zero where it has none."""
-    grads = (p.grad for p in network.parameters())
-    return [torch.zeros(()) if grad is None else grad.clone() for grad in grads]
+def take_gradients(network: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The gradients of a backward pass, moved out: the next pass starts from none."""
+    taken = {p: p.grad for p in network.parameters() if p.grad is not None}
+    for p in taken:
+        p.grad = None
+    return taken
 
 
-def norm_of(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.norm() for t in tensors]).norm())
+def norm_of(gradients: dict[nn.Parameter, Tensor]) -> float:
+    """The length of all gradients together; 0 of none."""
+    norms = torch._foreach_norm(list(gradients.values())) if gradients else [torch.zeros(())]
+    return float(torch.stack(list(norms)).norm())

@@ -26,11 +26,12 @@ from flashdmd.emoji.teacher import (
     contact_sheet,
     text_config,
     tokens,
+    training_times,
 )
 from flashdmd.emoji.vae import LATENT_CHANNELS
 from flashdmd.emoji.world import World
 from flashdmd.models.padding import RepeatLast
-from flashdmd.schedule import STEPS, Process, RectifiedFlow
+from flashdmd.schedule import Process, RectifiedFlow
 
 SECOND_WIDTH = 64
 JOINT_WIDTH = TEXT_WIDTH + SECOND_WIDTH
@@ -112,7 +113,7 @@ def train_flow(
 
     def loss(step: int) -> Losses:
         x0, captions = batches(step)
-        eps, t = torch.randn_like(x0), STEPS * torch.randn(len(x0)).sigmoid()  # logit-normal (SD3)
+        eps, t = torch.randn_like(x0), training_times(len(x0), 1.0, 0.7)
         x_t = process.add_noise(x0, eps, t)
         with torch.autocast("cpu", torch.bfloat16):
             hidden, pooled = networks.encode(tokens(tokenizer, captions))

@@ -2,12 +2,11 @@
 
 One caption has many pictures and one picture many captions, so there is a distribution to distil:
 captions are drawn at five levels, from the bare style to the name with keywords, and every
-rendering draws its own place, scale, turn, mirror image, background and hue.
+rendering draws its own place, size, mirror image, background and hue.
 """
 
 import io
 import json
-import math
 import re
 import zipfile
 from collections import Counter
@@ -33,8 +32,8 @@ BACKGROUNDS = (  # soft colours: no emoji disappears in them
     (226, 217, 243), (186, 200, 211), (120, 144, 156), (66, 76, 94),
 )  # fmt: skip
 WHITE_SHARE = 0.4
-SCALE = (0.72, 1.0)  # of the frame
-TURN = 12.0  # degrees, either way
+CELL = 8  # pixels a latent: a picture moves by whole cells, and its latents move with it
+SIZES = (7, 8)  # cells across
 HUE = 0.12  # of the colour circle, either way, for one rendering in four
 ONE_WAY = re.compile(  # pictures whose mirror image would be another thing, or wrong
     r"left|right|clock|calendar|moon|chart|music|abc|letter|input|keyboard|tear-off|dollar|pound|"
@@ -145,20 +144,19 @@ class World:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.25:
             picture = shift_hue(picture, rng.uniform(-HUE, HUE))
-        scale, turn = rng.uniform(*SCALE), math.radians(rng.uniform(-TURN, TURN))
-        slack = (1 - scale) * SIZE / 2
-        x, y = SIZE / 2 + rng.uniform(-slack, slack, 2)
-        cos, sin, c = math.cos(turn) / scale, math.sin(turn) / scale, SIZE / 2
-        placed = picture.transform(
-            (SIZE, SIZE),
-            Image.Transform.AFFINE,
-            (cos, sin, c - cos * x - sin * y, -sin, cos, c + sin * x - cos * y),
-            Image.Resampling.BICUBIC,
-        )
+        cells = int(rng.choice(SIZES))
+        x, y = CELL * rng.integers(SIZE // CELL - cells + 1, size=2)
+        placed = picture.resize((cells * CELL, cells * CELL), Image.Resampling.BICUBIC)
         plain = rng.random() < WHITE_SHARE
         colour = WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
         canvas = Image.new("RGBA", (SIZE, SIZE), colour)
-        canvas.alpha_composite(placed)
+        canvas.alpha_composite(placed, (int(x), int(y)))
+        return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
+
+    def plain(self, index: Index) -> np.ndarray:
+        """(3, SIZE, SIZE) uint8: the picture as it was drawn, on white."""
+        canvas = Image.new("RGBA", (SIZE, SIZE), WHITE)
+        canvas.alpha_composite(self.pictures[index])
         return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
 
 

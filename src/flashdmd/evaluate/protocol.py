@@ -115,6 +115,17 @@ class Bench:
         with torch.no_grad():
             return float(np.mean([pairwise(self.judge.backbone(as_images(g))) for g in groups]))
 
+    def draw_real(self, prompts: list[str], seed: int) -> np.ndarray:
+        """A `Draw` of real pictures: the row that any model is to be read against.
+
+        Other renderings than KID's reference of the pictures that are asked for, or pictures that
+        answer the broad prompts; no other prompts have an answer here.
+        """
+        if prompts != self.prompts:
+            return self.real_broad(seed)
+        rng = np.random.default_rng(seed_of("asked", seed))
+        return np.stack([self.world.render(int(i), rng) for i in self.of[0]])
+
     def real_broad(self, seed: int = 0) -> np.ndarray:
         """Real training pictures that answer BROAD, EACH of each: the yardstick of diversity."""
         rng = np.random.default_rng(seed_of("broad", seed))

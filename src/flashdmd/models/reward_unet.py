@@ -13,6 +13,8 @@ class EncoderHalf(nn.Module):
         super().__init__()
         self.time_proj: nn.Module = copy.deepcopy(unet.time_proj)
         self.time_embedding: nn.Module = copy.deepcopy(unet.time_embedding)
+        words = copy.deepcopy(unet.add_embedding) if hasattr(unet, "add_embedding") else None
+        self.add_embedding: nn.Module | None = words  # the words as a whole, where the UNet has it
         self.conv_in: nn.Module = copy.deepcopy(unet.conv_in)
         self.down_blocks: nn.ModuleList = copy.deepcopy(unet.down_blocks)
         self.mid_block: nn.Module = copy.deepcopy(unet.mid_block)
@@ -21,6 +23,8 @@ class EncoderHalf(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> list[Tensor]:
         time = self.time_embedding(self.time_proj(t).to(x_t.dtype))
+        if self.add_embedding is not None:
+            time = time + self.add_embedding(tokens)
         x, maps = self.conv_in(x_t), []
         for block in self.down_blocks:
             has_text = getattr(block, "has_cross_attention", False)
