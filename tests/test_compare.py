@@ -30,8 +30,8 @@ def test_every_arm_costs_what_it_says(tmp_path: Path) -> None:
 
 
 def test_a_cost_that_dmd2_cannot_match_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"max_train_steps=7 .* 14 iterations"):
-        compare.variant(recipe("train.max_train_steps=7"), compare.PLAN["dmd2"], 0, tmp_path)
+    with pytest.raises(UserError, match=r"max_train_steps=57 .* 114 iterations"):
+        compare.variant(recipe("train.max_train_steps=57"), compare.PLAN["dmd2"], 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,26 @@ def test_the_table_joins_seeds() -> None:
     figures = dict.fromkeys(compare.FIGURES, 0.5)
     rows = [
         {"arm": "teacher, 50 steps", "seed": None, "nfe": 100, **figures, "reward": None},
-        {"arm": "a", "seed": 0, "nfe": 4, "images": 64, "generator_updates": 9, **figures},
-        {"arm": "a", "seed": 1, "nfe": 4, "images": 64, "generator_updates": 9, **figures},
+        {
+            "arm": "a",
+            "seed": 0,
+            "nfe": 4,
+            "images": 64,
+            "generator_updates": 9,
+            "preference_updates": 3,
+            **figures,
+        },
+        {
+            "arm": "a",
+            "seed": 1,
+            "nfe": 4,
+            "images": 64,
+            "generator_updates": 9,
+            "preference_updates": 3,
+            **figures,
+        },
     ]
     lines = compare.table(rows).splitlines()
     assert len(lines) == 4
-    assert lines[2].startswith("| teacher, 50 steps | 1 | 100 |  |  | 0.500 | 0.500 |  |")
-    assert lines[3].startswith("| a | 2 | 4 | 64 | 9 | 0.500 ± 0.000")
+    assert lines[2].startswith("| teacher, 50 steps | 1 | 100 |  |  |  | 0.500 | 0.500 |  |")
+    assert lines[3].startswith("| a | 2 | 4 | 64 | 9 | 3 | 0.500 ± 0.000")

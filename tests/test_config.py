@@ -157,3 +157,21 @@ def test_any_change_gives_a_recipe_or_a_clear_error(changes: dict, tmp_path: Pat
 def test_the_schema_names_every_key() -> None:
     text = str(config.schema())
     assert all(key in text for keys in config.keys().values() for key in keys)
+
+
+def test_a_calibration_that_would_never_end_is_refused() -> None:
+    """Whatever the first stage is; not where nothing is calibrated."""
+    short = ["train.max_train_steps=30", "train.gan_calibration_steps=[10, 40]"]
+    with pytest.raises(UserError, match=r"gan_calibration_steps=\[10, 40\] reaches past the 30"):
+        config.load(SHIPPED[0], short)
+    joint = ["train.max_train_steps=0", "train.joint_train_steps=20", *short[1:]]
+    with pytest.raises(UserError, match=r"reaches past the 20"):
+        config.load(SHIPPED[0], joint)
+    for free in ("method.gan_gradient_ratio=null", "train.stage2=rl"):
+        config.load(SHIPPED[0], [*(short if "ratio" in free else joint), free])
+
+
+def test_dmd2_on_prompts_alone_is_refused() -> None:
+    changes = ["train.arm=dmd2", "train.joint_train_steps=0", "data.prompts=p.txt"]
+    with pytest.raises(UserError, match="real latents by their own captions"):
+        config.load(SHIPPED[0], changes)

@@ -17,6 +17,7 @@ from flashdmd import compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
+from flashdmd.session import open_session
 
 
 @pytest.fixture(scope="module", params=["score", "flow"])
@@ -131,6 +132,60 @@ def test_another_recipe_in_the_same_folder_is_refused(
         run.train(recipe(folders, finished, family, "method.beta=7"), progress=quiet)
 
 
+def test_stage_1_cannot_be_made_longer_once_it_is_over(
+    finished: Path, folders: dict[str, Path], family: str
+) -> None:
+    with pytest.raises(UserError, match=r"max_train_steps=3, but .* stage 2, after 2 generator"):
+        run.train(recipe(folders, finished, family, "train.max_train_steps=3"), progress=quiet)
+
+
+def test_a_finished_run_is_left_as_it_is(
+    finished: Path, folders: dict[str, Path], family: str
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("checkpoint-*/*")}
+    timing = (finished / "timing.json").read_text()
+    run.train(recipe(folders, finished, family), progress=quiet)
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("checkpoint-*/*")} == before
+    assert (finished / "timing.json").read_text() == timing
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("method.student_timesteps=[900, 700, 500, 250]", "cannot be written as a stock"),
+        ("method.student_timesteps=[1001, 750, 500, 250]", "student_timesteps"),
+        ("model.reward_model_name_or_path=emoji-reward", "16 channels .* teacher's have 4"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_said_at_the_start(
+    folders: dict[str, Path], family: str, tmp_path: Path, change: str, said: str
+) -> None:
+    steps = ["matching", "adversarial", "preference"]
+    if "student_timesteps" in change:
+        more = [f"method.{k}_timesteps=[{v}]" for k, v in zip(steps, (500, 250, 500), strict=True)]
+    else:
+        more = []
+    with pytest.raises(UserError, match=said):
+        run.train(recipe(folders, tmp_path / "run", family, *more, change), progress=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_iteration_is_given_what_its_updates_need(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    session = open_session(recipe(folders, tmp_path, family))
+    batches = session.trainer("joint").batches
+    preference = batches(0, ("preference",))
+    assert preference.real is preference.real_latents is None
+    assert preference.reward_cond
+    distilling = batches(0, ("generator", "score", "discriminator"))
+    assert distilling.real is not None
+    assert distilling.real.shape == (2, 3, 64, 64)
+    assert not distilling.reward_cond
+    earlier = session.trainer("distill").batches(0, ("score", "discriminator"))
+    assert not torch.equal(earlier.real, distilling.real)
+
+
 def test_dmd2_runs_on_the_same_teacher(
     folders: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
@@ -159,11 +214,10 @@ def test_the_table_and_the_report_are_written(
     assert picture.shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("family", ["score"], indirect=True)  # of either the arms are the same
 def test_every_arm_stands_in_one_table(
     folders: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
-    if family == "flow":
-        pytest.skip("the arms are the same; their runs are tested above")
     changes = ["train.max_train_steps=5", "validation.teacher_steps=2"]
     base = recipe(folders, tmp_path, family, *changes)
     written = compare.compare(base, [0, 1], ["flash-dmd", "rl", "dmd2"], tmp_path)
@@ -176,6 +230,9 @@ def test_every_arm_stands_in_one_table(
     assert of[compare.DMD2, 0]["images"] == of[compare.STAGE_1, 0]["images"] == 20
     assert of[compare.DMD2, 0]["generator_updates"] == 2
     assert of[compare.JOINT, 1]["generator_updates"] == 6
+    counted = ("images", "generator_updates", "preference_updates")
+    assert [of[compare.RL, 0][k] for k in counted] == [20, 5, 5]
+    assert [of[compare.JOINT, 0][k] for k in counted] == [24, 6, 5]
     assert of[compare.STAGE_1, 0]["kid"] != of[compare.STAGE_1, 1]["kid"]
     start, end = tmp_path / "seed-0/flash-dmd/student-stage1", tmp_path / "seed-0/rl/student"
     before, after = (weights(p.parent, p.name) for p in (start, end))

@@ -38,7 +38,7 @@ def joint(student=None, numbers=None, sign=1.0, reference=None, process=None):
 def test_candidates_are_drawn_at_the_chosen_steps_and_judged_at_their_own_noise_level():
     algorithm = joint()
     drawn = algorithm.candidates(torch.randn(6, D), {}, {})
-    assert [t for _, t, _, _ in drawn] == [999, 749]
+    assert [t for _, t, *_ in drawn] == [999, 749]
     assert [call.step for call in algorithm.generator.calls] == [999, 749]  # and not one more
     for (z, t, cond), level in zip(algorithm.reward.calls, (749, 499), strict=True):
         assert cond == {}
@@ -49,14 +49,14 @@ def test_candidates_are_drawn_at_the_chosen_steps_and_judged_at_their_own_noise_
 def test_steps_without_preference_are_walked_as_always():
     algorithm = joint(numbers={"preference_timesteps": (999, 499)})
     drawn = algorithm.candidates(torch.randn(6, D), {}, {})
-    assert [t for _, t, _, _ in drawn] == [999, 499]
+    assert [t for _, t, *_ in drawn] == [999, 499]
     assert [call.step for call in algorithm.generator.calls] == [999, 749, 499]
     assert [int(t[0]) for _, t, _ in algorithm.reward.calls] == [749, 249]
 
 
 def test_the_first_candidates_come_from_pure_noise_and_the_next_from_one_of_them():
     algorithm, noise = joint(numbers={"candidates": 4}), torch.randn(400, D)
-    (z, _, pool, _), (z_next, *_) = algorithm.candidates(noise, {}, {})
+    (z, _, _, pool, _), (z_next, *_) = algorithm.candidates(noise, {}, {})
     assert torch.equal(z, noise)
     assert pool.shape == (4, 400, D)
     came_from = (pool == z_next).all(2)  # (K, B)
@@ -70,7 +70,7 @@ def test_all_candidates_of_an_example_are_draws_of_the_policy_at_its_state(sched
     """z' ~ N(alpha' x_0(z_t), sigma'^2 I), independently."""
     algorithm = joint(process=Process(schedule, "eps"), numbers={"candidates": 2000})
     algorithm.generator.requires_grad_(False)
-    for z, t, pool, _ in algorithm.candidates(torch.randn(5, D), {}, {}):
+    for z, t, _, pool, _ in algorithm.candidates(torch.randn(5, D), {}, {}):
         level = STEPS[STEPS.index(t) + 1]
         alpha, sigma = (v.item() for v in schedule(torch.tensor([level])))
         mean = alpha * (0.5 * z + 0.1)
@@ -85,7 +85,7 @@ def test_all_candidates_of_an_example_are_draws_of_the_policy_at_its_state(sched
 def test_scores_lie_as_the_candidates_do_and_conditions_go_with_them():
     algorithm = joint()
     reward_cond = {"text": torch.arange(6.0)[:, None]}
-    for _, _, pool, scores in algorithm.candidates(torch.randn(6, D), {}, reward_cond):
+    for *_, pool, scores in algorithm.candidates(torch.randn(6, D), {}, reward_cond):
         assert torch.equal(scores, pool[:, :, 0])
     for z, _, cond in algorithm.reward.calls:
         rows = z.unflatten(0, (4, 6))
@@ -112,16 +112,16 @@ def test_only_the_student_learns_and_only_where_candidates_were_drawn():
     assert algorithm.generator.taught() == {999, 749}
     for other in ("reference", "reward", "score", "discriminator", "teacher"):
         assert not has_gradient(getattr(algorithm, other)), other
-    # one forward without gradient to draw, one with gradient to learn, at each step
-    learned = [call.step for call in algorithm.generator.calls if call.differentiable]
-    assert learned == [999, 749]
+    # one forward at each step, which draws the candidates and learns from them
+    assert [call.step for call in algorithm.generator.calls] == [999, 749]
+    assert all(call.differentiable for call in algorithm.generator.calls)
     assert not any(call.differentiable for call in algorithm.reference.calls)
 
 
 def brute_force(algorithm, drawn, student, reference):
     """-log sigmoid(beta H),  H = (alpha'/sigma') mean((n_w - n_l) (x_0 - x_0_ref))."""
     terms = []
-    for z, t, pool, _ in drawn:
+    for z, t, _, pool, _ in drawn:
         level = STEPS[STEPS.index(t) + 1]
         alpha, sigma = (v.item() for v in algorithm.sampler.process.schedule(torch.tensor([level])))
         x0, ref = (f(z, times(t, z), {}) for f in (student, reference))

@@ -109,7 +109,7 @@ def test_it_learns_the_order_of_real_pairs(teacher: Path, tmp_path: Path) -> Non
     after = words.pipeline.text_encoder.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
-    loaded = emoji_reward.load(tmp_path / "reward", VP)
+    loaded = emoji_reward.load(tmp_path / "reward", VP, tiny.CHANNELS)
     theirs = loaded(data.win, zero, loaded.encode_prompts(data.captions))
     with torch.no_grad():
         torch.testing.assert_close(theirs, network(data.win, zero, cond), atol=0.05, rtol=0.01)
@@ -124,4 +124,4 @@ def test_it_learns_the_order_of_real_pairs(teacher: Path, tmp_path: Path) -> Non
 
 def test_a_reward_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        emoji_reward.load(tmp_path, VP)
+        emoji_reward.load(tmp_path, VP, tiny.CHANNELS)

@@ -8,7 +8,7 @@ import torch
 from networks import STEPS, D, Estimator
 from torch import Tensor, nn
 
-from flashdmd.algorithm import FlashDMD, Method, Stage, cycle
+from flashdmd.algorithm import FlashDMD, Method, Stage, Update, cycle
 from flashdmd.baselines import DMD2, dmd2_cycle, dmd2_method
 from flashdmd.errors import UserError
 from flashdmd.sampler import Sampler
@@ -35,7 +35,7 @@ class Net(nn.Module):
         return x0, x0
 
 
-def batches(n: int) -> Batch:
+def batches(n: int, updates: tuple[Update, ...]) -> Batch:
     draw = torch.Generator().manual_seed(n)
     noise, real = torch.randn(2, 16, D, generator=draw)
     return Batch(noise, {"c": noise}, real, real, {"c": noise})

@@ -1,4 +1,4 @@
-"""The text encoder's lesson: it learns what captions look like, and goes on where it was stopped."""
+"""The text encoder's lesson: it learns what captions look like, and can be resumed."""
 
 from pathlib import Path
 

@@ -215,7 +215,7 @@ class FlashDMD:
         adversarial = losses.hinge_generator(self.discriminator(samples.image))
         return Loss(
             {"matching": matching, "adversarial": self.gan_loss_weight * adversarial},
-            {"latent/mean": x0.detach().mean(), "latent/std": x0.detach().std()},
+            watch_latents(samples.x0[self.sampler.steps[-1]]),
         )
 
     @torch.no_grad()
@@ -252,13 +252,13 @@ class FlashDMD:
         """
         assert self.reference is not None
         terms, best, worst = [], [], []
-        for z_t, t, pool, scores in self.candidates(noise, cond, reward_cond):
+        for z_t, t, x0, pool, scores in self.candidates(noise, cond, reward_cond):
             step = self.sampler.after(t)
             assert step is not None  # Method saw to it
             win, lose = losses.best_and_worst(pool, scores)
             best.append(scores.amax(0).mean())
             worst.append(scores.amin(0).mean())
-            mean, std = self.sampler.transition(self.generator(z_t, times(t, z_t), cond), step)
+            mean, std = self.sampler.transition(x0, step)
             with torch.no_grad():
                 ref, _ = self.sampler.transition(self.reference(z_t, times(t, z_t), cond), step)
             log_p = losses.gaussian_log_prob
@@ -271,13 +271,13 @@ class FlashDMD:
             {"reward/best": torch.stack(best).mean(), "reward/worst": torch.stack(worst).mean()},
         )
 
-    @torch.no_grad()
     def candidates(
         self, noise: Tensor, cond: Cond, reward_cond: Cond
-    ) -> list[tuple[Tensor, int, Tensor, Tensor]]:
+    ) -> list[tuple[Tensor, int, Tensor, Tensor, Tensor]]:
         """Walk down; at each step of S_rl draw K next states, score them, go on from any of them.
 
-        Returns (z_t, t, pool (K, B, *d), scores (K, B)) for each of those steps.
+        Returns (z_t, t, x_0_hat, pool (K, B, *d), scores (K, B)) for each of those steps. Gradients
+        reach the student through x_0_hat alone: the forward that draws the pool is the one judged.
         """
         assert self.reward is not None
         drawn, z, k = [], noise, self.method.candidates
@@ -286,13 +286,15 @@ class FlashDMD:
             step = self.sampler.after(t)
             assert step is not None
             x0 = self.generator(z, times(t, z), cond)
+            seen = x0.detach()
             if t not in self.method.preference_timesteps:
-                z = self.sampler.renoise(x0, step)
+                z = self.sampler.renoise(seen, step)
                 continue
-            pool = self.sampler.renoise(x0.repeat(k, *(1,) * (x0.ndim - 1)), step)  # (K B, *d)
-            scores = self.reward(pool, times(step, pool), repeat(reward_cond, k))
+            pool = self.sampler.renoise(seen.repeat(k, *(1,) * (x0.ndim - 1)), step)  # (K B, *d)
+            with torch.no_grad():
+                scores = self.reward(pool, times(step, pool), repeat(reward_cond, k))
             pool, scores = (p.unflatten(0, (k, len(z))) for p in (pool, scores))
-            drawn.append((z, t, pool, scores))
+            drawn.append((z, t, x0, pool, scores))
             z = one_each(pool)
         return drawn
 
@@ -344,6 +346,11 @@ def diffusion_loss(
     kind = process.kind if method.score_loss == "native" else method.score_loss
     weight = replace(process, kind=kind).error_weight(t, x0)
     return (weight * (denoiser(x_t, t, cond) - x0)).float().square().mean()
+
+
+def watch_latents(x0: Tensor) -> dict[str, Tensor]:
+    """Mean and spread of x_0: of finished samples, whose colours no matching term bounds."""
+    return {"latent/mean": x0.detach().mean(), "latent/std": x0.detach().std()}
 
 
 def one_each(stack: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from flashdmd.algorithm import (
     matching_loss,
     one_each,
     pick,
+    watch_latents,
 )
 from flashdmd.sampler import Cond, Denoiser, Sampler, times
 from flashdmd.schedule import STEPS
@@ -89,7 +90,7 @@ class DMD2:
         adversarial = self.gan_loss_weight * losses.logistic_generator(self.logits(x0, cond))
         return Loss(
             {"matching": matching, "adversarial": adversarial},
-            {"latent/mean": x0.detach().mean(), "latent/std": x0.detach().std()},
+            watch_latents(x0),
         )
 
     def score_loss(self, samples: Rollout, cond: Cond, real: Tensor) -> Loss:

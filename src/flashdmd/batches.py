@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdmd.algorithm import Method
+from flashdmd.algorithm import Method, Update
 from flashdmd.emoji.world import World
 from flashdmd.models.families import Teacher
 from flashdmd.sampler import Cond
@@ -20,8 +20,10 @@ Encoder = Callable[[list[str]], Cond]
 
 @runtime_checkable
 class Source(Protocol):
-    def __call__(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
-        """`n` pictures (n, 3, H, W) uint8 and a caption of each."""
+    def __call__(
+        self, rng: np.random.Generator, n: int, pictures: bool = True
+    ) -> tuple[np.ndarray | None, list[str]]:
+        """`n` pictures (n, 3, H, W) uint8, if `pictures` are wanted, and a caption of each."""
 
 
 class EmojiSource:
@@ -31,10 +33,14 @@ class EmojiSource:
         self.world = World()
         self.indices = self.world.indices("train")
 
-    def __call__(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
+    def __call__(
+        self, rng: np.random.Generator, n: int, pictures: bool = True
+    ) -> tuple[np.ndarray | None, list[str]]:
         chosen = rng.choice(self.indices, size=n)
-        images = np.stack([self.world.render(i, rng) for i in chosen])
-        return images, [self.world.caption(i, rng) for i in chosen]
+        captions = [self.world.caption(i, rng) for i in chosen]
+        if not pictures:
+            return None, captions
+        return np.stack([self.world.render(i, rng) for i in chosen]), captions
 
 
 @dataclass(frozen=True)
@@ -52,24 +58,32 @@ class Batches:
     rank: int = 0
     prompts: tuple[str, ...] = ()
     reward_encoder: Encoder | None = None
+    stage: str = "distill"  # each draws batches of its own
+    in_latents: bool = False  # the discriminator judges latents (DMD2), not pictures
 
-    def __call__(self, n: int) -> Batch:
-        rng = np.random.default_rng(seed_of(self.seed, "batch", n, self.rank))
-        pictures, captions = self.source(rng, self.size)
+    def __call__(self, n: int, updates: tuple[Update, ...]) -> Batch:
+        """What these updates of iteration `n` need, and no more."""
+        rng = np.random.default_rng(seed_of(self.seed, self.stage, "batch", n, self.rank))
+        looks = not {"score", "discriminator"}.isdisjoint(updates)
+        pictures, captions = self.source(rng, self.size, pictures=looks)
         if self.prompts:
             captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=self.size)]
-        images = as_tensor(pictures)
-        latents = self.teacher.encode(images)
-        if self.method.real_images == "decoded":
-            with torch.no_grad():
-                images = self.teacher.decode(latents)
+        prefers = self.reward_encoder is not None and "preference" in updates
         return Batch(
-            noise=torch.randn_like(latents),
+            noise=torch.randn(self.size, *self.teacher.latent_shape),
             cond=self.teacher.encode_prompts(captions),
-            real=images,
-            real_latents=latents,
-            reward_cond=self.reward_encoder(captions) if self.reward_encoder else {},
+            reward_cond=self.reward_encoder(captions) if self.reward_encoder and prefers else {},
+            **({} if pictures is None else self.reals(as_tensor(pictures))),
         )
+
+    @torch.no_grad()
+    def reals(self, images: Tensor) -> dict[str, Tensor]:
+        """What the discriminator compares the student with."""
+        if self.in_latents:
+            return {"real_latents": self.teacher.encode(images)}
+        if self.method.real_images == "raw":
+            return {"real": images}
+        return {"real": self.teacher.decode(self.teacher.encode(images))}
 
 
 def as_tensor(pictures: np.ndarray) -> Tensor:

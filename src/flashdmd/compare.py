@@ -83,8 +83,13 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
         raise UserError(f"there is no arm {unknown[0]!r}; there are {', '.join(PLAN)}")
     if "rl" in arms and "flash-dmd" not in arms:
         raise UserError("the arm 'rl' starts from the students of 'flash-dmd': name both")
-    if "rl" in arms and not recipe.train.joint_train_steps:
-        raise UserError("the arm 'rl' makes as many updates as stage 2: train.joint_train_steps=0")
+    stage_2 = recipe.train.joint_train_steps * recipe.method.preferences_per_distillation
+    if "rl" in arms and not stage_2:
+        raise UserError(
+            "the arm 'rl' makes as many preference updates as stage 2, which makes none: "
+            f"train.joint_train_steps={recipe.train.joint_train_steps}, "
+            f"method.preferences_per_distillation={recipe.method.preferences_per_distillation}"
+        )
     recipes = {
         (arm, seed): variant(recipe, PLAN[arm], seed, output / f"seed-{seed}")
         for seed in seeds
@@ -133,30 +138,36 @@ def variant(recipe: Recipe, planned: Planned, seed: int, folder: Path) -> Recipe
 
 
 def cost(folder: Path, name: str) -> dict[str, int]:
-    """Images and generator updates of a run's stage, as its log counted them."""
+    """What a student cost from the teacher on, as the logs of its runs counted it."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     if name == STAGE_1:
         records = [r for r in records if r["stage"] == "distill"]
-    last = records[-1] if records else {"images": 0, "generator_updates": 0}
-    return {k: int(last[k]) for k in ("images", "generator_updates")}
+    last = {k: int(records[-1][k]) for k in ("images", "generator_updates")}
+    counts = last | {"preference_updates": sum("preference" in r for r in records)}
+    if name == RL:  # its stage 1 is another run's
+        first = cost(folder.with_name(PLAN["flash-dmd"].folder), STAGE_1)
+        counts = {k: v + first[k] for k, v in counts.items()}
+    return counts
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean and, from two seeds on, the half width of its 95 % interval (Student's t)."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
-    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
+    quantile = T_95[min(len(values) - 2, len(T_95) - 1)]  # beyond: a little too wide
     return f"{mean(values):.3f} ± {quantile * stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: one line an arm, over its seeds."""
-    heads = ("arm", "seeds", "calls", "images", "generator updates", *FIGURES)
-    lines = [heads, ("---",) * len(heads)]
+    counted = ("images", "generator_updates", "preference_updates")
+    names = ("arm", "seeds", "calls", *counted, *FIGURES)
+    heads = tuple(name.replace("_", " ") for name in names)
+    lines: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     for name in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == name]
-        counts = [str(mine[0].get(k, "")) for k in ("images", "generator_updates")]
+        counts = [str(mine[0].get(k, "")) for k in counted]
         figures = [
             spread([row[k] for row in mine]) if mine[0][k] is not None else "" for k in FIGURES
         ]

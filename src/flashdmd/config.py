@@ -107,6 +107,36 @@ class Recipe(Section):
     validation: Validation = Validation()
     output_dir: str = "runs/flashdmd"
 
+    @property
+    def first_stage(self) -> str:
+        """Where lambda_adv is calibrated: stage 1, or stage 2 of a student that is there."""
+        return "distill" if self.train.max_train_steps else self.train.stage2
+
+    @model_validator(mode="after")
+    def _calibration(self) -> "Recipe":
+        train, first = self.train, self.first_stage
+        steps = train.max_train_steps or train.joint_train_steps
+        fixed = self.method.gan_gradient_ratio is None
+        if fixed or train.arm == "dmd2" or first == "rl" or not steps:
+            return self
+        if train.gan_calibration_steps[1] > steps:
+            raise ValueError(
+                f"train.gan_calibration_steps={list(train.gan_calibration_steps)} reaches past the "
+                f"{steps} generator updates of the first stage, so the adversarial weight would "
+                "never be set; lower it, or keep the weight fixed with "
+                "method.gan_gradient_ratio=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts(self) -> "Recipe":
+        if self.train.arm == "dmd2" and self.data.prompts:
+            raise ValueError(
+                "train.arm=dmd2 judges real latents by their own captions, so data.prompts cannot "
+                "replace these; leave data.prompts out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _stages(self) -> "Recipe":
         if self.train.arm == "dmd2" and self.train.joint_train_steps:

@@ -88,19 +88,23 @@ class FolderSource:
     size: int
     broken: set[Path] = field(default_factory=set)
 
-    def __call__(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
-        """`n` pictures (n, 3, size, size) uint8 and a caption of each."""
-        pictures: list[np.ndarray] = []
+    def __call__(
+        self, rng: np.random.Generator, n: int, pictures: bool = True
+    ) -> tuple[np.ndarray | None, list[str]]:
+        """`n` pictures (n, 3, size, size) uint8, if `pictures` are wanted, and their captions."""
+        if not pictures:
+            return None, [self.items[i][1] for i in rng.integers(len(self.items), size=n)]
+        images: list[np.ndarray] = []
         captions: list[str] = []
-        while len(pictures) < n:
+        while len(images) < n:
             path, caption = self.items[rng.integers(len(self.items))]
             try:
-                pictures.append(read_picture(path, self.size))
+                images.append(read_picture(path, self.size))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
                 self.leave_out(path, e)
                 continue
             captions.append(caption)
-        return np.stack(pictures), captions
+        return np.stack(images), captions
 
     def leave_out(self, path: Path, why: Exception) -> None:
         if path in self.broken:

@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
         levels: Sequence[Tensor] = self.backbone(images)
-        return torch.cat([h(f) for h, f in zip(self.heads, levels, strict=True)], dim=1)
+        return torch.cat([h(f) for h, f in zip(self.heads, levels, strict=True)], dim=1).float()
 
     def train(self, mode: bool = True) -> "Discriminator":
         super().train(mode)
@@ -90,4 +90,4 @@ class FeatureHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 1"]:
         logit: Tensor = self.body(features).flatten(1)
-        return logit
+        return logit.float()

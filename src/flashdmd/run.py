@@ -31,7 +31,6 @@ from flashdmd.session import (
     load_teacher,
     open_session,
     run_stage,
-    save,
     write_json,
 )
 
@@ -69,7 +68,6 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         if point:
             trainer.restore(point)
         run_stage(session, trainer, recipe.train.max_train_steps, show)
-        save(session, trainer)
         session.start = trainer.state.for_next_stage()
         write_student(session, "student-stage1")
         point = None
@@ -81,15 +79,25 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         trainer = session.trainer(recipe.train.stage2)
         if point:
             trainer.restore(point)
+            check_border(recipe, trainer.state.before.get("generator", 0))
         run_stage(session, trainer, recipe.train.joint_train_steps, show)
-        save(session, trainer)
     write_student(session, "student")
-    stopwatch = session.stopwatch
-    write_json(
-        output / "timing.json",
-        {"milliseconds": stopwatch.milliseconds(), "iterations": stopwatch.iterations},
-    )
+    if (stopwatch := session.stopwatch).iterations:
+        write_json(
+            output / "timing.json",
+            {"milliseconds": stopwatch.milliseconds(), "iterations": stopwatch.iterations},
+        )
     return output
+
+
+def check_border(recipe: Recipe, updates: int) -> None:
+    """Raises UserError when stage 1, which is over, was shorter or longer than the recipe says."""
+    if updates != recipe.train.max_train_steps:
+        raise UserError(
+            f"train.max_train_steps={recipe.train.max_train_steps}, but the run in "
+            f"{recipe.output_dir} is in stage 2, after {updates} generator updates of stage 1; "
+            "name that number, or give another output_dir"
+        )
 
 
 def check_same(recipe: Recipe) -> None:
@@ -135,6 +143,10 @@ def write_student(session: Session, name: str) -> Path:
     """The student as a diffusers folder, with a card that says how to call it."""
     recipe, teacher = session.recipe, session.teacher
     note = f"Trained by `flashdmd train` for {recipe.train.max_train_steps} generator updates."
+    if recipe.train.joint_train_steps and name != "student-stage1":
+        unit = "preference" if recipe.train.stage2 == "rl" else "generator"
+        note += f" Then refined (stage 2, {recipe.train.stage2}) for "
+        note += f"{recipe.train.joint_train_steps} {unit} updates."
     card = export.model_card(name, teacher, recipe.method, note)
     folder = session.output / name
     return export.write_student(teacher, session.generator, recipe.method, folder, card)
@@ -149,7 +161,7 @@ def bar() -> Progress:
             bars[stage] = tqdm(total=of, initial=done, desc=stage, unit="update", mininterval=1)
         numbers = {k: f"{record[k]:.3g}" for k in WATCHED if k in record}
         bars[stage].set_postfix(numbers, refresh=False)
-        bars[stage].update(done + 1 - bars[stage].n if done + 1 > bars[stage].n else 0)
+        bars[stage].update(done - bars[stage].n)
 
     return show
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashdmd import checkpoint
+from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.baselines import DMD2, dmd2_cycle, dmd2_method
 from flashdmd.batches import Batches, EmojiSource, Source
@@ -32,6 +32,10 @@ from flashdmd.sampler import Sampler, guided
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
+KIND = {
+    "score": "score-based, e.g. [999, 749, 499, 249]",
+    "flow": "flow-matching, e.g. [1000, 750, 500, 250]",
+}
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 FEW_PLACES = 256
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
@@ -104,6 +108,8 @@ class Session:
             recipe.train.seed,
             prompts=self.prompts,
             reward_encoder=reward.encode_prompts if reward else None,
+            stage=stage,
+            in_latents=recipe.train.arm == "dmd2",
         )
         return Trainer(
             algorithm,
@@ -112,7 +118,9 @@ class Session:
             self.learners,
             seed=recipe.train.seed,
             precision=torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None,
-            calibration=recipe.train.gan_calibration_steps if stage == "distill" else (0, 0),
+            calibration=recipe.train.gan_calibration_steps
+            if stage == recipe.first_stage
+            else (0, 0),
             stage=stage,
             state=copy.copy(self.start),
             stopwatch=self.stopwatch,
@@ -127,7 +135,7 @@ def load_reward(name: str | None, teacher: Teacher) -> EmojiReward:
             "`flashdmd emoji reward`); for stage 1 alone set train.joint_train_steps=0"
         )
     folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
-    return emoji_reward.load(folder, teacher.process)
+    return emoji_reward.load(folder, teacher.process, teacher.latent_shape[0])
 
 
 def open_session(recipe: Recipe) -> Session:
@@ -135,6 +143,7 @@ def open_session(recipe: Recipe) -> Session:
     torch.manual_seed(recipe.train.seed)
     prompts = tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
     teacher = load_teacher(recipe.model.pretrained_model_name_or_path)
+    check_steps(teacher, recipe.method.student_timesteps)
     source = open_source(recipe, teacher)
     generator, score = teacher.trainable_copy(), teacher.trainable_copy()
     if student := recipe.model.student_model_name_or_path:
@@ -174,6 +183,20 @@ def open_session(recipe: Recipe) -> Session:
     ):
         session.stopwatch.attach(module, part)
     return session
+
+
+def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
+    """Raises UserError for steps that the teacher does not know, or that no stock scheduler walks.
+
+    Now, and not when a student that was trained on them is to be written.
+    """
+    try:
+        Sampler(teacher.process, steps)
+    except ValueError as e:
+        raise UserError(
+            f"method.student_timesteps: {e}; {teacher.folder} is {KIND[teacher.family.kind]}"
+        ) from e
+    export.scheduler_for(teacher, steps)
 
 
 def open_source(recipe: Recipe, teacher: Teacher) -> Source:
@@ -225,24 +248,29 @@ def fast_attention(teacher: Teacher) -> AbstractContextManager[None]:
 
 
 def run_stage(session: Session, trainer: Trainer, target: int, progress: Progress) -> None:
-    """Iterates to `target` generator (or preference) updates; saves on the way and when stopped."""
+    """Iterates to `target` generator updates, of stage "rl" preference updates; saves on the way,
+    when stopped, and at the end.
+    """
+    first = trainer.state.iteration
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
     with stoppable() as asked_to_stop, fast_attention(session.teacher):
-        while (done := trainer.state.updates.get(counted, 0)) < target or not trainer.at_boundary:
+        while trainer.state.updates.get(counted, 0) < target or not trainer.at_boundary:
             record = trainer.iterate()
+            done = trainer.state.updates.get(counted, 0)
+            before = trainer.state.before.get("generator", 0)
             facts = {
                 "iteration": trainer.state.iteration,
                 "stage": trainer.stage,
                 "arm": train.arm,
-                "generator_updates": trainer.state.earlier + trainer.generator_updates,
+                "generator_updates": before + trainer.generator_updates,
                 "images": trainer.state.images,
             }
             with log.open("a") as f:
                 f.write(json.dumps(facts | record) + "\n")
             progress(trainer.stage, done, target, record)
-            due = train.checkpointing_steps and done and done % train.checkpointing_steps == 0
+            due = train.checkpointing_steps and done % train.checkpointing_steps == 0
             if asked_to_stop() or (due and trainer.at_boundary):
                 save(session, trainer)
             if asked_to_stop():
@@ -250,6 +278,8 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
                     f"stopped after {trainer.generator_updates} generator updates of stage "
                     f"{trainer.stage}; saved in {output}. The same command goes on from there."
                 )
+    if trainer.state.iteration > first:
+        save(session, trainer)
 
 
 def save(session: Session, trainer: Trainer) -> None:

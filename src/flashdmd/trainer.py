@@ -23,12 +23,15 @@ CALIBRATION_FLOOR = 1e-12  # a term without gradient must not divide by zero
 
 @dataclass(frozen=True)
 class Batch:
-    """What one iteration consumes; a function of (seed, iteration) alone."""
+    """What one iteration consumes; a function of (seed, iteration) alone.
+
+    What its updates have no use for is not made.
+    """
 
     noise: Tensor  # (B, C, H, W) at the first step
     cond: Cond
-    real: Tensor  # pictures for the discriminator
-    real_latents: Tensor  # for a GAN in latent space
+    real: Tensor | None = None  # pictures for the discriminator
+    real_latents: Tensor | None = None  # for a GAN in latent space
     reward_cond: Cond = field(default_factory=dict)
 
 
@@ -59,7 +62,7 @@ class State:
     iteration: int = 0  # of the current stage's cycle
     updates: dict[str, int] = field(default_factory=dict)  # by learner
     images: int = 0  # cost: batch x iterations in which the score estimator learned
-    earlier: int = 0  # generator updates of the stage before
+    before: dict[str, int] = field(default_factory=dict)  # updates of the stages before
     gan_loss_weight: float = 0.0
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
 
@@ -67,7 +70,7 @@ class State:
         """A stage counts its own updates; cost and lambda_adv go on from the stage before."""
         return State(
             images=self.images,
-            earlier=self.updates.get("generator", 0),
+            before=dict(self.updates),
             gan_loss_weight=self.gan_loss_weight,
         )
 
@@ -76,7 +79,7 @@ class State:
 class Trainer:
     algorithm: FlashDMD | DMD2
     order: tuple[tuple[Update, ...], ...]
-    batches: Callable[[int], Batch]
+    batches: Callable[[int, tuple[Update, ...]], Batch]
     learners: dict[str, Learner]  # by the names in algorithm.trains
     seed: int = 0
     rank: int = 0
@@ -107,7 +110,8 @@ class Trainer:
         updates = self.order[n % len(self.order)]
         shared = torch.Generator().manual_seed(seed_of(self.seed, self.stage, n))
         torch.manual_seed(seed_of(self.seed, self.stage, n, self.rank))
-        batch = self.batches(n)
+        with self.cast():  # real pictures are decoded in the precision of the student's
+            batch = self.batches(n, updates)
         record: dict[str, float] = {}
         samples = self.rollout(updates, batch, shared)
         for update in updates:
@@ -147,7 +151,8 @@ class Trainer:
         for name in names:
             done = self.state.updates.get(name, 0)
             with self.stopwatch.part("optimizers"):
-                record[f"{name}/grad_norm"] = self.learners[name].step(done)
+                before = self.state.before.get(name, 0)
+                record[f"{name}/grad_norm"] = self.learners[name].step(before + done)
             self.state.updates[name] = done + 1
         if update in ("generator", "preference"):
             with self.stopwatch.part("optimizers"):
@@ -164,9 +169,11 @@ class Trainer:
         if update == "generator":
             return algorithm.generator_loss(samples, batch.cond)
         if isinstance(algorithm, DMD2):
+            assert batch.real_latents is not None
             return algorithm.score_loss(samples, batch.cond, batch.real_latents)
         if update == "score":
             return algorithm.score_loss(samples, batch.cond)
+        assert batch.real is not None
         return algorithm.discriminator_loss(samples, batch.real)
 
     def backward(self, update: Update, loss: Loss) -> dict[str, float]:

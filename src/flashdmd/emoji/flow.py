@@ -1,7 +1,7 @@
 """The flow-matching teacher: a StableDiffusion3Pipeline folder, an MMDiT on straight paths.
 
-Its first text encoder starts as the score-based teacher's; the second is a quarter of its width,
-as in the pipelines it stands for, and the third, a T5, says nothing.
+Its first text encoder is the score-based teacher's, frozen but for a projection of its own; the
+second is smaller and learns with the transformer; the third, a T5, says nothing.
 """
 
 from pathlib import Path
@@ -105,6 +105,7 @@ def train_flow(
     tokenizer = score.tokenizer
     first = CLIPTextModelWithProjection(text_config(tokenizer))
     first.load_state_dict(score.text_encoder.state_dict(), strict=False)  # all but the projection
+    first.text_model.requires_grad_(False)
     second = CLIPTextModelWithProjection(text_config(tokenizer, SECOND_WIDTH, layers=3))
     networks = Trained(first, second, build_transformer())
     vae = score.vae.eval()

@@ -57,7 +57,8 @@ class EmojiReward:
         self.network, self.words, self.process = network, words, process
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        return self.words(prompts)
+        with torch.autocast("cpu", enabled=False):
+            return self.words(prompts)
 
     def __call__(self, z_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x_t, time = as_trained(self.process, z_t, t)
@@ -163,10 +164,10 @@ def write(network: LatentReward, folder: Path, teacher: str) -> None:
     save_file(state, folder / "reward.safetensors")
 
 
-def load(folder: Path, process: Process) -> EmojiReward:
+def load(folder: Path, process: Process, channels: int) -> EmojiReward:
     """The reward in `folder` for latents of `process`; its words come from its own teacher.
 
-    Raises UserError when it is missing or cannot be read.
+    Raises UserError when it is missing, cannot be read, or scores latents of other `channels`.
     """
     try:
         name = json.loads((folder / "config.json").read_text())["teacher"]
@@ -180,6 +181,12 @@ def load(folder: Path, process: Process) -> EmojiReward:
             f"the reward model in {folder} cannot be read ({e}); give a folder written by "
             "`flashdmd emoji reward`"
         ) from e
+    if channels != pipeline.unet.config.in_channels:
+        raise UserError(
+            f"the reward model in {folder} scores latents of {pipeline.unet.config.in_channels} "
+            f"channels and this teacher's have {channels}; name a reward trained on its latents as "
+            "model.reward_model_name_or_path, or null and train.joint_train_steps=0"
+        )
     network.eval().requires_grad_(False)
     return EmojiReward(network, Words(pipeline), process)
 

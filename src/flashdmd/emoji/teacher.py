@@ -1,7 +1,8 @@
 """`flashdmd emoji teacher`: text-to-image teachers of the embedded world, one of each kind.
 
 The score-based teacher is a StableDiffusionPipeline folder: a small CLIP text encoder with a BPE
-of its own, trained together with a UNet that predicts v under Stable Diffusion's betas.
+of its own, which learns what names look like first and is frozen then, and a UNet that predicts v
+under Stable Diffusion's betas.
 """
 
 import itertools
@@ -199,6 +200,7 @@ def train_score(
         tokenizer = train_tokenizer(world, folder / "tokenizer")
         both = Conditioned(CLIPTextModel(text_config(tokenizer)), build_unet())
     learn_words(both.text_encoder, tokenizer, vae, folder / "words", lesson_steps, seed)
+    both.text_encoder.requires_grad_(False)  # as Stable Diffusion's
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches = Batches(world, latents, batch, seed)
     process = Process(VariancePreserving(), "v")

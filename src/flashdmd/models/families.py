@@ -183,7 +183,9 @@ class Teacher:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        return self.family.encode_prompts(self.pipeline, prompts)
+        """In float32 wherever it is called: what a student is conditioned on when it is used."""
+        with torch.autocast("cpu", enabled=False):
+            return self.family.encode_prompts(self.pipeline, prompts)
 
     def unconditional(self, n: int) -> Cond:
         """The encoding of the empty prompt, n times; encoded once."""
@@ -194,7 +196,7 @@ class Teacher:
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         vae = self.pipeline.vae
-        latents: Tensor = vae.encode(images).latent_dist.mode()
+        latents: Tensor = vae.encode(images).latent_dist.mode().float()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
