@@ -33,8 +33,7 @@ class Middle(nn.Module):
 
     def bottleneck(self, x_t, t, cond):
         self.calls.append(Call(t, x_t, cond, torch.is_grad_enabled()))
-        features = self.encode(x_t).tanh()
-        return self.decode(features), features
+        return self.encode(x_t).tanh()
 
     def forward(self, x_t, t, cond):
         return self.decode(self.encode(x_t).tanh())
@@ -120,7 +119,7 @@ def test_the_generators_term_is_the_softplus_of_the_heads_verdict():
     adversarial = algorithm.generator_loss(samples, cond).terms["adversarial"]
     (call,) = algorithm.score.calls
     assert call.cond is cond
-    logits = algorithm.discriminator(algorithm.score.bottleneck(call.x_t, call.t, cond)[1])
+    logits = algorithm.discriminator(algorithm.score.bottleneck(call.x_t, call.t, cond))
     expected = GENERATOR_WEIGHT * F.softplus(-logits).mean()
     torch.testing.assert_close(adversarial, expected)
 
@@ -131,7 +130,7 @@ def test_the_score_estimator_has_a_diffusion_and_a_logistic_loss():
     loss = algorithm.score_loss(samples, cond, latents())
     assert set(loss.terms) == {"diffusion", "logistic"}
     on_real, on_fake = (
-        algorithm.discriminator(algorithm.score.bottleneck(call.x_t, call.t, cond)[1])
+        algorithm.discriminator(algorithm.score.bottleneck(call.x_t, call.t, cond))
         for call in tuple(algorithm.score.calls)
     )
     expected = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()

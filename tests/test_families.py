@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,15 +134,35 @@ def test_steps_off_every_stock_grid_are_refused(teacher: Teacher) -> None:
 def test_the_middle_of_the_network_is_a_map_of_features(teacher: Teacher) -> None:
     noise = teacher.noise(2, 0)
     t, cond = times(500, noise), teacher.encode_prompts(PROMPTS)
-    x0, feature = teacher.denoiser.bottleneck(noise, t, cond)
-    torch.testing.assert_close(x0, teacher.denoiser(noise, t, cond))
+    seen: list[Any] = []
+    middle = teacher.family.middle(teacher.denoiser.network)
+    hook = middle.register_forward_hook(lambda _, __, output: seen.append(output))
+    teacher.denoiser(noise, t, cond)
+    hook.remove()
+    feature = teacher.denoiser.bottleneck(noise, t, cond)
+    torch.testing.assert_close(feature, teacher.family.feature(seen[0], noise))
     assert feature.ndim == 4
     assert len(feature) == 2
-    moved, _ = noise.clone(), None
+    moved = noise.clone()
     moved[0] += 1
-    other = teacher.denoiser.bottleneck(moved, t, cond)[1]
+    other = teacher.denoiser.bottleneck(moved, t, cond)
     assert not torch.equal(other[0], feature[0])
     torch.testing.assert_close(other[1], feature[1])
+    before = teacher.denoiser(noise, t, cond)  # and nothing of it stays behind
+    torch.testing.assert_close(teacher.denoiser(noise, t, cond), before)
+
+
+def test_what_lies_behind_the_middle_is_not_run(teacher: Teacher) -> None:
+    network = teacher.denoiser.network
+    last = network.conv_out if teacher.family.kind == "score" else network.proj_out
+    ran: list[None] = []
+    hook = last.register_forward_hook(lambda *_: ran.append(None))
+    noise = teacher.noise(1, 0)
+    teacher.denoiser.bottleneck(noise, times(500, noise), teacher.encode_prompts(PROMPTS[:1]))
+    assert not ran
+    teacher.denoiser(noise, times(500, noise), teacher.encode_prompts(PROMPTS[:1]))
+    hook.remove()
+    assert len(ran) == 1
 
 
 def test_one_token_counted_often_equals_equal_tokens() -> None:

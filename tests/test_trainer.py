@@ -30,9 +30,8 @@ class Net(nn.Module):
         quarter = (t // 250).long()
         return self.gain[quarter] * x_t + self.bias[quarter]
 
-    def bottleneck(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        x0 = self(x_t, t, cond)
-        return x0, x0
+    def bottleneck(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return self(x_t, t, cond)
 
 
 def batches(n: int, updates: tuple[Update, ...]) -> Batch:

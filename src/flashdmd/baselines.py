@@ -31,7 +31,7 @@ from flashdmd.schedule import STEPS
 GENERATOR_WEIGHT = 5e-3  # of the GAN term in the generator's loss, SDXL
 DISCRIMINATOR_WEIGHT = 1e-2  # of the GAN term in the score estimator's loss
 TTUR = 5
-Bottleneck = Callable[[Tensor, Tensor, Cond], tuple[Tensor, Tensor]]
+Bottleneck = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 def dmd2_method(method: Method) -> Method:
@@ -60,7 +60,7 @@ class DMD2:
     sampler: Sampler
     teacher: Denoiser  # guided, frozen
     generator: nn.Module
-    score: nn.Module  # with .bottleneck(x_t, t, cond) -> (x_0_hat, (B, C, H, W) features)
+    score: nn.Module  # with .bottleneck(x_t, t, cond) -> (B, C, H, W) features
     discriminator: nn.Module  # features -> (B, K) logits
 
     trains: ClassVar[dict[Update, tuple[str, ...]]] = {
@@ -116,6 +116,6 @@ class DMD2:
         """The head's verdict on `x0` at a noise level of its own (diffusion-GAN)."""
         t = torch.randint(1, STEPS, (len(x0),), device=x0.device).float()
         x_t = self.sampler.process.add_noise(x0, torch.randn_like(x0), t)
-        _, features = cast(Bottleneck, self.score.bottleneck)(x_t, t, cond)
+        features = cast(Bottleneck, self.score.bottleneck)(x_t, t, cond)
         logits: Tensor = self.discriminator(features)
         return logits

@@ -217,7 +217,7 @@ def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser
     if recipe.train.arm == "dmd2":
         nothing = torch.zeros(1, *teacher.latent_shape)
         with torch.no_grad():
-            _, middle = score.bottleneck(nothing, torch.ones(1), teacher.unconditional(1))
+            middle = score.bottleneck(nothing, torch.ones(1), teacher.unconditional(1))
         return FeatureHead(middle.shape[1], middle.shape[-1])
     return Discriminator(EfficientNetLite(0), teacher.image_size, recipe.train.discriminator_width)
 

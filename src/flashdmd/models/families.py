@@ -132,21 +132,43 @@ class NetworkDenoiser(nn.Module):
         self.network, self.family, self.process = network, family, process
 
     def forward(
-        self, x_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond
-    ) -> Float[Tensor, "B C H W"]:
+        self,
+        x_t: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        cond: Cond,
+        middle_only: bool = False,
+    ) -> Float[Tensor, "B D h w"]:
+        """x_0_hat; or the features of the network's middle, without running what lies behind it."""
+        if middle_only:
+            return self._middle(x_t, t, cond)
         out = self.family.output(self.network, x_t, t, cond)
         return self.process.to_x0(out.float(), x_t, t)
 
-    def bottleneck(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """(x_0_hat, (B, C, H, W) features of the middle of the network)."""
-        seen: list[Any] = []
-        middle = self.family.middle(self.network)
-        hook = middle.register_forward_hook(lambda _, __, output: seen.append(output))
+    def bottleneck(
+        self, x_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond
+    ) -> Float[Tensor, "B D h w"]:
+        features: Tensor = self(x_t, t, cond, middle_only=True)
+        return features
+
+    def _middle(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            raise _Reached(output)
+
+        hook = self.family.middle(self.network).register_forward_hook(stop)
         try:
-            x0 = self(x_t, t, cond)
+            self.family.output(self.network, x_t, t, cond)
+        except _Reached as reached:
+            return self.family.feature(reached.output, x_t).float()
         finally:
             hook.remove()
-        return x0, self.family.feature(seen[0], x_t).float()
+        raise AssertionError("the network has a middle and did not come by it")
+
+
+class _Reached(Exception):  # noqa: N818 - it is no error
+    """The middle of the network has answered."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
 
 
 @dataclass
