@@ -99,6 +99,9 @@ def test_the_student_is_a_stock_pipeline(finished: Path) -> None:
     assert image.shape == (64, 64, 3)
     assert len(pipeline.scheduler.timesteps) == 4
     assert "num_inference_steps=4" in (finished / "student/README.md").read_text()
+    configs = list((finished / "student").glob("*/*config.json"))
+    assert len(configs) > 3
+    assert not any("_name_or_path" in path.read_text() for path in configs)
 
 
 def test_a_run_stopped_anywhere_ends_as_the_run_that_was_not(

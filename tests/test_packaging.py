@@ -64,5 +64,5 @@ def test_nothing_in_the_tree_names_a_machine() -> None:
     )
     for folder in ("src", "tests", "docs", "recipes"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".md", ".yaml", ".html"} and path != Path(__file__):
+            if path.suffix in {".py", ".md", ".yaml", ".html", ".json"} and path != Path(__file__):
                 assert not text.search(path.read_text()), path

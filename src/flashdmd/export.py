@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from flashdmd.algorithm import Method
 from flashdmd.errors import UserError
-from flashdmd.files import replace_folder
+from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.families import NetworkDenoiser, Teacher
 
 # Any multiple of the number of steps gives LCMScheduler the grid 999, 999 - 1000/n, ...; with 40
@@ -64,6 +64,7 @@ def write_student(
     }
     with replace_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
+        forget_origins(beside)
         (beside / "README.md").write_text(card, "utf-8")
         (beside / NOTES).write_text(json.dumps(notes, indent=2))
     return folder

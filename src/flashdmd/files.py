@@ -1,6 +1,7 @@
 """Writing that is all or nothing."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,6 +39,14 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def forget_origins(folder: Path) -> None:
+    """Takes the paths that networks were loaded from out of the configs of a pipeline folder."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text("utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -30,6 +30,7 @@ from flashdmd.emoji.teacher import (
 )
 from flashdmd.emoji.vae import LATENT_CHANNELS
 from flashdmd.emoji.world import World
+from flashdmd.files import forget_origins
 from flashdmd.models.padding import RepeatLast
 from flashdmd.schedule import Process, RectifiedFlow
 
@@ -142,4 +143,5 @@ def train_flow(
     plan = Fit(max_train_steps, learning_rate, folder, seed, ema_decay=0.9995, warmup=500)
     fit(networks, loss, plan, show, show_every=2000)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
+    forget_origins(folder / "pipeline")
     return pipeline

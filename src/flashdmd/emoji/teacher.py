@@ -28,6 +28,7 @@ from flashdmd.emoji.fit import Fit, Losses, fit
 from flashdmd.emoji.vae import LATENT_CHANNELS, pixels
 from flashdmd.emoji.words import learn_words
 from flashdmd.emoji.world import World
+from flashdmd.files import forget_origins
 from flashdmd.schedule import STEPS, Process, VariancePreserving
 from flashdmd.seeds import seed_of
 
@@ -241,6 +242,7 @@ def train_score(
     plan = Fit(max_train_steps, learning_rate, folder, seed, ema_decay=0.999, warmup=500)
     fit(both, loss, plan, show, show_every=1000)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
+    forget_origins(folder / "pipeline")
     return pipeline
 
 
