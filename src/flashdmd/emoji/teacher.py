@@ -188,7 +188,7 @@ def train_score(
 ) -> StableDiffusionPipeline:
     """Trains the score-based teacher and writes it to `folder / "pipeline"`.
 
-    `start` is an autoencoder, or a pipeline of this kind whose weights are trained on.
+    `start` is an autoencoder, or a pipeline of this kind whose UNet is trained on; its words stay.
     """
     torch.manual_seed(seed)
     world = World()
@@ -200,7 +200,7 @@ def train_score(
         vae = AutoencoderKL.from_pretrained(start).eval()
         tokenizer = train_tokenizer(world, folder / "tokenizer")
         both = Conditioned(CLIPTextModel(text_config(tokenizer)), build_unet())
-    learn_words(both.text_encoder, tokenizer, vae, folder / "words", lesson_steps, seed)
+        learn_words(both.text_encoder, tokenizer, vae, folder / "words", lesson_steps, seed)
     both.text_encoder.requires_grad_(False)  # as Stable Diffusion's
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches = Batches(world, latents, batch, seed)
