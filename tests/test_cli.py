@@ -64,6 +64,17 @@ def test_a_broken_model_and_an_empty_prompt_file_are_named_before_anything_is_wr
     assert "prompts.txt is empty" in capsys.readouterr().err
 
 
+def test_numbers_that_are_not_finite_exit_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(*_: object) -> None:
+        raise FloatingPointError("iteration 7 of stage distill: {'matching': nan}")
+
+    monkeypatch.setattr("flashdmd.run.full", explode)
+    assert call(monkeypatch, "train", "emoji-score") == 2
+    assert "iteration 7" in capsys.readouterr().err
+
+
 def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch, "train") == 2
     assert call(monkeypatch, "nonsense") == 2

@@ -51,6 +51,7 @@ def test_steps_without_preference_are_walked_as_always():
     drawn = algorithm.candidates(torch.randn(6, D), {}, {})
     assert [t for _, t, *_ in drawn] == [999, 499]
     assert [call.step for call in algorithm.generator.calls] == [999, 749, 499]
+    assert [call.differentiable for call in algorithm.generator.calls] == [True, False, True]
     assert [int(t[0]) for _, t, _ in algorithm.reward.calls] == [749, 249]
 
 

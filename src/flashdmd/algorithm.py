@@ -285,9 +285,11 @@ class FlashDMD:
         for t in self.sampler.steps[: last + 1]:
             step = self.sampler.after(t)
             assert step is not None
-            x0 = self.generator(z, times(t, z), cond)
+            prefers = t in self.method.preference_timesteps
+            with torch.set_grad_enabled(prefers and torch.is_grad_enabled()):
+                x0 = self.generator(z, times(t, z), cond)
             seen = x0.detach()
-            if t not in self.method.preference_timesteps:
+            if not prefers:
                 z = self.sampler.renoise(seen, step)
                 continue
             pool = self.sampler.renoise(seen.repeat(k, *(1,) * (x0.ndim - 1)), step)  # (K B, *d)

@@ -68,11 +68,11 @@ class Batches:
         pictures, captions = self.source(rng, self.size, pictures=looks)
         if self.prompts:
             captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=self.size)]
-        prefers = self.reward_encoder is not None and "preference" in updates
+        encode = self.reward_encoder if "preference" in updates else None
         return Batch(
             noise=torch.randn(self.size, *self.teacher.latent_shape),
             cond=self.teacher.encode_prompts(captions),
-            reward_cond=self.reward_encoder(captions) if self.reward_encoder and prefers else {},
+            reward_cond=encode(captions) if encode else {},
             **({} if pictures is None else self.reals(as_tensor(pictures))),
         )
 

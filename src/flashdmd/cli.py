@@ -249,7 +249,7 @@ def main() -> None:
     except Interrupted as e:
         fail(str(e), 130)
     except FloatingPointError as e:
-        fail(f"not finite: {e}. The last checkpoint is intact; lower the learning rates", 2)
+        fail(f"not finite: {e}. What was saved before is intact; lower the learning rates", 2)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise

@@ -76,8 +76,8 @@ PLAN = {
 def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: Path) -> Path:
     """Trains each arm with each seed, measures all students and the teacher, writes comparison.md.
 
-    What is finished is not done again, so a comparison that was stopped goes on. Raises UserError
-    for an unknown arm, or one that needs another which is not there.
+    Training that is finished is not done again, so a comparison that was stopped goes on. Raises
+    UserError for an unknown arm, or one that needs another which is not there.
     """
     if unknown := [a for a in arms if a not in PLAN]:
         raise UserError(f"there is no arm {unknown[0]!r}; there are {', '.join(PLAN)}")

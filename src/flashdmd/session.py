@@ -31,10 +31,6 @@ from flashdmd.sampler import Sampler, guided
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
-KIND = {
-    "score": "score-based, e.g. [999, 749, 499, 249]",
-    "flow": "flow-matching, e.g. [1000, 750, 500, 250]",
-}
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
 
@@ -180,6 +176,8 @@ def open_session(recipe: Recipe) -> Session:
         (teacher.pipeline.vae.encoder, "decode"),  # of the real pictures: the way there and back
     ):
         session.stopwatch.attach(module, part)
+    if reward:
+        session.stopwatch.attach(reward.network, "reward")
     return session
 
 
@@ -192,7 +190,8 @@ def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
         Sampler(teacher.process, steps)
     except ValueError as e:
         raise UserError(
-            f"method.student_timesteps: {e}; {teacher.folder} is {KIND[teacher.family.kind]}"
+            f"method.student_timesteps: {e}; {teacher.folder} is a {teacher.family.kind} teacher, "
+            f"whose four steps are {teacher.default_steps}"
         ) from e
     export.scheduler_for(teacher, steps)
 

@@ -81,7 +81,7 @@ def fit(
             torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
         values = {k: v.item() for k, v in terms.items()} | {"grad_norm": norm.item()}
         if not math.isfinite(sum(values.values())):
-            raise FloatingPointError(f"step {step}: {values}; the last checkpoint is intact")
+            raise FloatingPointError(f"step {step}: {values}")
         recent = {k: 0.98 * recent.get(k, v) + 0.02 * v for k, v in values.items()}
         if step % 50 == 49:
             bar.set_postfix({k: f"{v:.4f}" for k, v in recent.items()})

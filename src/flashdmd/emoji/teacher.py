@@ -193,7 +193,7 @@ def train_score(
     torch.manual_seed(seed)
     world = World()
     if (start / "model_index.json").exists():
-        earlier = StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32)
+        earlier = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
         vae, tokenizer = earlier.vae.eval(), earlier.tokenizer
         both = Conditioned(earlier.text_encoder, earlier.unet).train()
     else:

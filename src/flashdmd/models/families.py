@@ -173,7 +173,8 @@ class NetworkDenoiser(nn.Module):
 
         hook = self.family.middle(self.network).register_forward_hook(stop)
         try:
-            self.family.output(self.network, x_t, t, cond)
+            with attention(x_t):
+                self.family.output(self.network, x_t, t, cond)
         except _Reached as reached:
             return self.family.feature(reached.output, x_t).float()
         finally:
