@@ -37,7 +37,7 @@ def test_the_lesson_is_learned_and_resumed(
     parts: tuple[int, ...], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The encoder changes, and stopping on the way changes nothing: the rate does not fall yet."""
-    monkeypatch.setattr(Fit, "rate", lambda self, step: self.learning_rate)
+    monkeypatch.setattr(Fit, "share", lambda self, step: 1.0)
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     monkeypatch.setattr("flashdmd.emoji.words.LATENT_CHANNELS", tiny.CHANNELS)
     monkeypatch.setattr(

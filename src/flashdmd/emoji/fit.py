@@ -5,6 +5,7 @@ Step n draws everything from (seed, n), so a fit that was stopped goes on as if 
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +22,15 @@ from flashdmd.files import replace_folder
 from flashdmd.seeds import seed_of
 
 Losses = dict[str, Tensor]
+OUTER = re.compile(r"embed|places|conv_(in|out)|painter\.out|network\.proj_out|norm_out")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How long and how fast. The learning rate warms up, stays, and falls to 0 over `cooldown`."""
+    """How long and how fast. The learning rate warms up, stays, and falls to 0 over `cooldown`.
+
+    With a `muon_rate` the hidden matrices and kernels learn by Muon, everything else by AdamW.
+    """
 
     max_train_steps: int
     learning_rate: float
@@ -37,11 +42,77 @@ class Fit:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     checkpoint_s: float = 120.0
+    muon_rate: float | None = None
 
-    def rate(self, step: int) -> float:
+    def share(self, step: int) -> float:
+        """Of the full learning rate, in 0..1."""
         falling = (self.max_train_steps - step) / max(1, self.cooldown * self.max_train_steps)
         rising = (step + 1) / max(1, min(self.warmup, self.max_train_steps // 10))
-        return self.learning_rate * min(1.0, rising, falling)
+        return min(1.0, rising, falling)
+
+
+class Optimizers:
+    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the others.
+
+    Muon (Jordan et al. 2024) makes each update's singular values equal, so directions that few
+    examples ask for, such as rare names, are learned as fast as common ones. torch's takes
+    matrices only: kernels are lent to it as matrices that share their memory.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], plan: Fit) -> None:
+        self.parameters = parameters
+        self.lent = {
+            name: p.detach().flatten(1)
+            for name, p in parameters.items()
+            if plan.muon_rate and p.ndim > 1 and not OUTER.search(name)
+        }
+        rest = [p for name, p in parameters.items() if name not in self.lent]
+        decay = plan.weight_decay
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=plan.learning_rate, weight_decay=decay, fused=True)
+        ]
+        if plan.muon_rate and self.lent:
+            muon = torch.optim.Muon(
+                self.lent.values(),
+                lr=plan.muon_rate,
+                weight_decay=decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.parts.append(muon)
+        self.rates = [part.defaults["lr"] for part in self.parts]
+
+    def step(self, share: float) -> None:
+        """One update at `share` of the full learning rate; gradients are spent."""
+        for name, matrix in self.lent.items():
+            gradient = self.parameters[name].grad
+            matrix.grad = None if gradient is None else gradient.flatten(1)
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+            part.step()
+            part.zero_grad()
+        for p in self.parameters.values():
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything remembered between updates, as `what.parameter`."""
+        return {
+            f"{what}.{name}": value
+            for name, (part, p) in self._owners().items()
+            for what, value in part.state[p].items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what `state` gave."""
+        for name, (part, p) in self._owners().items():
+            kinds = ("momentum_buffer",) if name in self.lent else ("step", "exp_avg", "exp_avg_sq")
+            part.state[p] = {what: tensors[f"{what}.{name}"] for what in kinds}
+
+    def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
+        return {
+            name: (self.parts[1], self.lent[name]) if name in self.lent else (self.parts[0], p)
+            for name, p in self.parameters.items()
+        }
 
 
 def fit(
@@ -57,9 +128,7 @@ def fit(
     averaged weights; they are swapped in while it does. State lives in `plan.folder/state`.
     """
     parameters = {k: p for k, p in network.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
-    )
+    optimizer = Optimizers(parameters, plan)
     average = {k: p.detach().clone() for k, p in parameters.items()}
     start = _resume(plan, parameters, average, optimizer)
     log = plan.folder / "metrics.jsonl"
@@ -68,14 +137,11 @@ def fit(
     recent: dict[str, float] = {}
     for step in bar:
         torch.manual_seed(seed_of(plan.seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
         with sdpa_kernel(SDPBackend.MATH):  # at 64 tokens a fifth faster a step than the fused one
             terms = loss(step)
             torch.stack(list(terms.values())).sum().backward()
         norm = nn.utils.clip_grad_norm_(parameters.values(), plan.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(plan.share(step))
         decay = min(plan.ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
@@ -86,7 +152,7 @@ def fit(
         if step % 50 == 49:
             bar.set_postfix({k: f"{v:.4f}" for k, v in recent.items()})
             with log.open("a") as f:
-                f.write(json.dumps({"step": step + 1, "lr": plan.rate(step), **recent}) + "\n")
+                f.write(json.dumps({"step": step + 1, "rate": plan.share(step), **recent}) + "\n")
         last = step + 1 == plan.max_train_steps
         if last or time.monotonic() - saved > plan.checkpoint_s:
             _save(plan, step + 1, parameters, average, optimizer)
@@ -120,17 +186,11 @@ def _save(
     step: int,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors = optimizer.state()
     for name, p in parameters.items():
-        state = optimizer.state[p]
-        tensors |= {
-            f"now.{name}": p.detach(),
-            f"average.{name}": average[name],
-            f"first.{name}": state["exp_avg"],
-            f"second.{name}": state["exp_avg_sq"],
-        }
+        tensors |= {f"now.{name}": p.detach(), f"average.{name}": average[name]}
     with replace_folder(plan.folder / "state") as beside:
         save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "state.safetensors")
         (beside / "state.json").write_text(json.dumps({"step": step}))
@@ -140,7 +200,7 @@ def _resume(
     plan: Fit,
     parameters: dict[str, nn.Parameter],
     average: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
 ) -> int:
     state = plan.folder / "state"
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -152,9 +212,5 @@ def _resume(
         for name, p in parameters.items():
             p.copy_(tensors[f"now.{name}"])
             average[name] = tensors[f"average.{name}"]
-            optimizer.state[p] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"first.{name}"],
-                "exp_avg_sq": tensors[f"second.{name}"],
-            }
+    optimizer.load(tensors)
     return int(step)

@@ -1,7 +1,7 @@
 """The flow-matching teacher: a StableDiffusion3Pipeline folder, an MMDiT on straight paths.
 
-Its first text encoder is the score-based teacher's, frozen but for a projection of its own; the
-second is smaller and learns with the transformer; the third, a T5, says nothing.
+Its first text encoder is the score-based teacher's, frozen but for a last layer and a projection
+of its own; the second is smaller and learns with the transformer; the third, a T5, says nothing.
 """
 
 from pathlib import Path
@@ -14,7 +14,14 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from flashdmd.emoji.fit import Fit, Losses, fit
 from flashdmd.emoji.teacher import (
@@ -73,6 +80,26 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     return encoder, tokenizer
 
 
+def with_a_last_layer(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> CLIPTextModelWithProjection:
+    """`encoder`, frozen, under one more layer that adds nothing yet and a projection that learn.
+
+    Stable Diffusion 3 reads the states before the last layer; these are the ones that were taught.
+    """
+    width, layers = encoder.config.hidden_size, encoder.config.num_hidden_layers
+    deeper = CLIPTextModelWithProjection(text_config(tokenizer, width, layers + 1))
+    last = deeper.text_model.encoder.layers[layers]
+    own = {f"encoder.layers.{layers}.{name}": p for name, p in last.state_dict().items()}
+    deeper.text_model.load_state_dict(encoder.state_dict() | own)
+    deeper.text_model.requires_grad_(False)
+    for linear in (last.self_attn.out_proj, last.mlp.fc2):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    last.requires_grad_(True)
+    return deeper
+
+
 class Trained(nn.Module):
     """The networks that the flow teacher trains together."""
 
@@ -104,9 +131,7 @@ def train_flow(
     world = World()
     score = StableDiffusionPipeline.from_pretrained(score_folder, torch_dtype=torch.float32)
     tokenizer = score.tokenizer
-    first = CLIPTextModelWithProjection(text_config(tokenizer))
-    first.load_state_dict(score.text_encoder.state_dict(), strict=False)  # all but the projection
-    first.text_model.requires_grad_(False)
+    first = with_a_last_layer(score.text_encoder, tokenizer)
     second = CLIPTextModelWithProjection(text_config(tokenizer, SECOND_WIDTH, layers=3))
     networks = Trained(first, second, build_transformer())
     vae = score.vae.eval()

@@ -77,4 +77,5 @@ def learn_words(
             x0_hat = lesson.painter(text_encoder(ids.input_ids).last_hidden_state)
         return {"x0": (x0_hat.float() - x0[rows]).square().mean()}
 
-    fit(lesson, loss, Fit(max_train_steps, 1e-3, folder, seed, ema_decay=0.998))
+    plan = Fit(max_train_steps, 1e-3, folder, seed, ema_decay=0.998, muon_rate=4e-3)
+    fit(lesson, loss, plan)

@@ -2,7 +2,7 @@
 
 One caption has many pictures and one picture many captions, so there is a distribution to distil:
 captions are drawn at five levels, from the bare style to the name with keywords, and every
-rendering draws its own place, size, mirror image, background and hue.
+rendering draws its own place, mirror image, background and hue.
 """
 
 import io
@@ -33,7 +33,7 @@ BACKGROUNDS = (  # soft colours: no emoji disappears in them
 )  # fmt: skip
 WHITE_SHARE = 0.4
 CELL = 8  # pixels a latent: a picture moves by whole cells, and its latents move with it
-SIZES = (7, 8)  # cells across
+ACROSS = 7 * CELL  # pixels of a picture in its frame
 HUE = 0.12  # of the colour circle, either way, for one rendering in four
 ONE_WAY = re.compile(  # pictures whose mirror image would be another thing, or wrong
     r"left|right|clock|calendar|moon|chart|music|abc|letter|input|keyboard|tear-off|dollar|pound|"
@@ -144,20 +144,21 @@ class World:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.25:
             picture = shift_hue(picture, rng.uniform(-HUE, HUE))
-        cells = int(rng.choice(SIZES))
-        x, y = CELL * rng.integers(SIZE // CELL - cells + 1, size=2)
-        placed = picture.resize((cells * CELL, cells * CELL), Image.Resampling.BICUBIC)
+        x, y = (CELL * int(n) for n in rng.integers((SIZE - ACROSS) // CELL + 1, size=2))
         plain = rng.random() < WHITE_SHARE
-        colour = WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-        canvas = Image.new("RGBA", (SIZE, SIZE), colour)
-        canvas.alpha_composite(placed, (int(x), int(y)))
-        return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
+        return place(picture, WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))], x, y)
 
     def plain(self, index: Index) -> np.ndarray:
-        """(3, SIZE, SIZE) uint8: the picture as it was drawn, on white."""
-        canvas = Image.new("RGBA", (SIZE, SIZE), WHITE)
-        canvas.alpha_composite(self.pictures[index])
-        return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
+        """(3, SIZE, SIZE) uint8: the picture as it was drawn, on white, in the first place."""
+        return place(self.pictures[index], WHITE, 0, 0)
+
+
+def place(picture: Image.Image, background: tuple[int, int, int], x: int, y: int) -> np.ndarray:
+    """(3, SIZE, SIZE) uint8: the picture, ACROSS pixels wide, with its corner at (x, y)."""
+    canvas = Image.new("RGBA", (SIZE, SIZE), background)
+    small = picture.resize((ACROSS, ACROSS), Image.Resampling.BICUBIC)
+    canvas.alpha_composite(small, (x, y))
+    return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
 
 
 def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
