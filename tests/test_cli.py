@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (["sample", "nowhere", "a cat"], "is not a folder"),
         (["evaluate", "nowhere"], "is not a folder"),
         (["emoji", "teacher", "--family", "gan"], "there are 'score' and 'flow'"),
+        (["emoji", "teacher", "--start", "nowhere"], "give a folder with model_index.json"),
+        (["emoji", "reward", "--start", "nowhere"], "give a folder with model_index.json"),
+        (["sample", "emoji-score", "a cat", "--output", "cat"], "ends in .png"),
+        (["sample", "emoji-score", "a cat", "--output", "."], "ends in .png"),
+        (["train", "emoji-score", "train.seed=9" + 30 * "9"], "train.seed=9"),
+        (["train", "emoji-score", "train.max_grad_norm=.inf"], "finite"),
+        (["train", "emoji-score", "method.beta=.nan"], "finite"),
+        (["train", "emoji-score", "method.teacher_guidance_scale=-3"], "must be 0 or more"),
+        (["train", "emoji-score", "validation.teacher_steps=5000"], "teacher_steps=5000"),
+        (["train", "emoji-score", "train.max_iter=5"], "generator updates, one in method.ttur"),
     ],
 )
 def test_what_a_person_can_mend_exits_with_2(
@@ -116,6 +127,44 @@ def test_a_full_disk_is_a_message_and_code_2(
     err = capsys.readouterr().err
     assert "No space left on device: runs/demo/student" in err
     assert "intact" in err
+
+
+def test_a_path_that_cannot_be_is_a_message_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    (tmp_path / "run" / "metrics.json").mkdir(parents=True)
+    for words in (["sample", "emoji-score", "a", "--output", "file/a.png"], ["report", "run"]):
+        assert call(monkeypatch, *words) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("flashdmd: ")
+        assert "goes on" not in err
+
+
+def test_what_a_killed_process_left_is_mended(tmp_path: Path) -> None:
+    """Killed between the two renames, and killed while writing."""
+    (tmp_path / ".out.retired-1").mkdir()
+    (tmp_path / ".out.retired-1" / "a").write_text("old")
+    (tmp_path / ".out.writing-1").mkdir()
+    with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_recipe_is_read_without_the_libraries_that_load_models() -> None:
+    """diffusers and transformers take seconds to import."""
+    code = (
+        "import sys; sys.argv = ['flashdmd', 'config', 'show', 'emoji-score']\n"
+        "from flashdmd import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print({'diffusers', 'transformers'} & sys.modules.keys())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "student_timesteps" in out.stdout
+    assert out.stdout.endswith("set()\n")
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

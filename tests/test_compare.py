@@ -1,5 +1,6 @@
 """The comparison's plan and its table; that its arms run is tested with the other whole runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ def test_every_arm_costs_what_it_says(tmp_path: Path) -> None:
 def test_a_cost_that_dmd2_cannot_match_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"max_train_steps=57 .* 114 iterations"):
         compare.variant(recipe("train.max_train_steps=57"), compare.PLAN["dmd2"], 0, tmp_path)
+
+
+def test_what_was_done_again_after_a_resume_costs_once(tmp_path: Path) -> None:
+    lines = [
+        {"stage": "distill", "iteration": i, "images": 8 * i, "generator_updates": i}
+        for i in (1, 2, 3, 2, 3)
+    ] + [
+        {"stage": "joint", "iteration": i, "images": 24, "generator_updates": 3, "preference": 0.7}
+        for i in (1, 2, 1, 2)
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '\n{"stage": "joint", "iter')
+    assert compare.cost(tmp_path, compare.JOINT) == {
+        "images": 24,
+        "generator_updates": 3,
+        "preference_updates": 2,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Our denoisers, prompts and exported students against what stock diffusers computes."""
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdmd import export
@@ -204,6 +207,7 @@ def test_a_teacher_without_t5_reads_prompts_as_one_whose_t5_is_silent(tmp_path: 
         (lambda f: None, "is not a folder"),
         (lambda f: f.mkdir(), "has no model_index.json"),
         (lambda f: (f.mkdir(), (f / "model_index.json").write_text("{")), "cannot be read"),
+        (lambda f: (f.mkdir(), (f / "model_index.json").write_text("[1]")), "cannot be read"),
         (
             lambda f: (
                 f.mkdir(),
@@ -227,10 +231,58 @@ def test_a_folder_that_is_no_teacher_is_named(tmp_path: Path, spoil: object, mes
 
 
 def test_a_truncated_weights_file_is_named(teacher: Teacher, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(teacher.folder, tmp_path / "copy")
     weights = copy / teacher.family.network / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
         families.load(copy)
+
+
+def edited(path: Path, **values: object) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | values))
+
+
+def without_a_weight(folder: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != "conv_in.weight"}, path)
+
+
+def with_no_number(folder: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"conv_out.bias": torch.full((tiny.CHANNELS,), torch.nan)}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "the tokenizer .* has 2 tokens"),
+        (lambda f: edited(f / "model_index.json", unet=[None, None]), "has no unet"),
+        (lambda f: edited(f / "model_index.json", tokenizer=[None, None]), "has no tokenizer"),
+        (lambda f: edited(f / "unet/config.json", sample_size=None), "sample_size=None"),
+        (lambda f: edited(f / "unet/config.json", sample_size=[8, 16]), r"sample_size=\[8, 16\]"),
+        (without_a_weight, "lacks the weight unet.conv_in.weight"),
+        (with_no_number, "unet.conv_out.bias in .* holds numbers that are none"),
+        *(
+            (lambda f, v=v: edited(f / "scheduler/scheduler_config.json", **v), message)
+            for v, message in (
+                ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+                ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+                ({"trained_betas": [0.1] * 1000}, "trained_betas"),
+                ({"beta_schedule": "linear"}, "beta_schedule='linear'"),
+            )
+        ),
+    ],
+)
+def test_what_loads_and_is_no_teacher_is_named(
+    whole: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    spoil(copy)
+    with pytest.raises(UserError, match=message):
+        families.load(copy)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.score_folder(tmp_path_factory.mktemp("whole") / "model")

@@ -1,6 +1,8 @@
 """Who learns when, what an update leaves alone, and that a resumed run is the uninterrupted one."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,76 @@ def test_milliseconds_add_up(tmp_path: Path) -> None:
     assert set(parts) == {"generator", "score", "discriminator", "optimizers", "everything else"}
     assert all(v > 0 for v in parts.values())
     assert sum(parts.values()) == pytest.approx(1000 * t.stopwatch.total / 6)
+
+
+def test_the_score_estimator_is_coupled_to_the_generator_that_the_step_left() -> None:
+    """Without a rate of its own psi moves by the coupling alone: once after each step of theta."""
+    t = trainer("joint", Method(beta=5.0, score_coupling=0.5))
+    t.learners["score"] = replace(t.learners["score"], learning_rate=0.0)
+    for updates in t.order:
+        psi = weights(t)["score"]
+        t.iterate()
+        after = weights(t)
+        if not {"generator", "preference"}.isdisjoint(updates):
+            pairs = zip(psi, after["generator"], strict=True)
+            psi = [torch.lerp(ours, theirs, 0.5) for ours, theirs in pairs]
+        assert all(map(torch.equal, after["score"], psi)), updates
+
+
+@pytest.mark.parametrize("make", [trainer, dmd2_trainer])
+def test_the_adversarial_gradient_is_the_generators_alone(make: Callable[[], Trainer]) -> None:
+    t = make()
+    t.order = (("generator",),)
+    assert t.iterate()["generator/grad_norm_adversarial"] > 0
+    for name, one in t.learners.items():
+        assert all(p.grad is None for p in one.network.parameters()), name
+
+
+@pytest.mark.parametrize(("limit", "share"), [(1.0, 0.2), (10.0, 1.0)])
+def test_a_long_gradient_is_shortened_and_told_as_it_was(limit: float, share: float) -> None:
+    p = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    for one, slope in zip(p, (3.0, 4.0), strict=True):
+        one.grad = torch.tensor([slope])
+    norm = Learner(p, torch.optim.SGD(p.parameters(), 1.0), 1.0, 0, limit).step(0)
+    assert norm == pytest.approx(5.0)
+    assert [one.item() for one in p] == pytest.approx([-3 * share, -4 * share])
+
+
+def test_ranks_share_the_steps_and_draw_noise_of_their_own() -> None:
+    method = Method(beta=5.0, adversarial_timesteps=(499, 249))
+    steps: dict[int, list[tuple[int, int]]] = {0: [], 1: []}
+    first: dict[int, dict[int, Tensor]] = {}
+    for rank in steps:
+        t = trainer("distill", method, rank=rank)
+        rollout = t.algorithm.rollout
+
+        def watch(noise, cond, t, t_hat, rank=rank, rollout=rollout):
+            samples = rollout(noise, cond, t, t_hat)
+            steps[rank].append((t, t_hat))
+            first.setdefault(rank, samples.x0)
+            return samples
+
+        t.algorithm.rollout = watch
+        for _ in range(12):
+            t.iterate()
+    assert steps[0] == steps[1]
+    assert all(len(set(drawn)) > 1 for drawn in zip(*steps[0], strict=True))
+    assert torch.equal(first[0][999], first[1][999])  # of the same noise, before any re-noising
+    assert not any(torch.isclose(first[0][s], first[1][s]).all(1).any() for s in STEPS[1:])
+
+
+def test_warm_up_goes_on_in_the_next_stage() -> None:
+    first = trainer("distill")
+    learners = {name: replace(one, warmup=10) for name, one in first.learners.items()}
+    first.learners = learners
+    for _ in range(4):
+        first.iterate()
+    method, state = first.algorithm.method, first.state.for_next_stage()
+    joint = cycle(method, "joint")
+    second = Trainer(first.algorithm, joint, batches, learners, stage="joint", state=state)
+    for _ in joint:
+        second.iterate()
+    shares = {name: one.optimizer.param_groups[0]["lr"] / 1e-2 for name, one in learners.items()}
+    assert shares == pytest.approx(
+        {"generator": 0.3, "score": 0.6, "discriminator": 0.6, "preference": 0.5}
+    )

@@ -1,4 +1,4 @@
-"""Flash-DMD, Algorithm 1. One method per line of the paper's pseudo-code, in its order.
+"""Flash-DMD, Algorithm 1: what one iteration draws, and the loss of each network on it.
 
 The student G_theta learns from a frozen, guided teacher mu_real, a score estimator mu_psi that
 tracks the student, a discriminator D_omega of decoded pictures, and in stage 2 a reward R of noisy
@@ -44,7 +44,7 @@ class Method:
     renoise_shift: float = 1.0  # [DEF] a flow teacher's own shift (RTDMD); 1 draws uniformly
 
     score_loss: Literal["native", "eps", "x0"] = "native"  # [DEF] eps for SDXL, v for SD3
-    score_times: Literal["uniform", "logit_normal"] = "uniform"  # DMD2; SD3 trains logit-normal
+    score_times: Literal["uniform", "logit_normal"] = "uniform"  # 1..999 (DMD2: 0..999); or SD3's
     score_coupling: float = 0.98  # [DEF] lambda_ema of Eq. 11; SenseFlow's
     ttur: int = 2  # score and discriminator updates a generator update (paper: 1 or 2)
 
@@ -63,6 +63,8 @@ class Method:
             value, choices = getattr(self, field.name), get_args(field.type)
             if get_origin(field.type) is Literal and value not in choices:
                 raise ValueError(f"{field.name}={value!r} must be one of {choices}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be finite")
         steps = self.student_timesteps
         if not steps or list(steps) != sorted(set(steps), reverse=True):
             raise ValueError(f"student_timesteps={steps} must be strictly decreasing")
@@ -89,6 +91,10 @@ class Method:
                 f"ttur={self.ttur} must be 1 or more, preferences_per_distillation="
                 f"{self.preferences_per_distillation} 0 or more, candidates={self.candidates} "
                 "2 or more"
+            )
+        if self.teacher_guidance_scale < 0:
+            raise ValueError(
+                f"teacher_guidance_scale={self.teacher_guidance_scale} must be 0 or more"
             )
         if not 0 <= self.score_coupling <= 1:
             raise ValueError(f"score_coupling={self.score_coupling} must lie in 0..1")
@@ -206,7 +212,7 @@ class FlashDMD:
         return Rollout(t, before.x0 | {t: x0} | after.x0, image)
 
     def generator_loss(self, samples: Rollout, cond: Cond) -> Loss:
-        """L_DM at one high-noise step and L_adv at the low-noise step; never both at one step."""
+        """L_DM at a high-noise step and L_adv at a low-noise step; at one if there is but one."""
         x0 = samples.x0[samples.t]
         matching = matching_loss(
             self.sampler, self.method, self.teacher, self.score, x0, samples.t, cond

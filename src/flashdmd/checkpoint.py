@@ -50,8 +50,8 @@ def load(
                     v.copy_(tensors[k])
         for name, optimizer in optimizers.items():
             restore_moments(optimizer, load_file(folder / f"{name}.optimizer.safetensors"))
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    except (OSError, SafetensorError, ValueError, RuntimeError) as e:
+        state: dict[str, Any] = dict(json.loads((folder / "state.json").read_text()))
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(
@@ -84,8 +84,8 @@ def remove(folder: Path) -> None:
 def stage_of(folder: Path) -> str:
     """The stage a checkpoint was written in. Raises UserError when it cannot be read."""
     try:
-        return str(json.loads((folder / "state.json").read_text())["stage"])
-    except (OSError, ValueError, KeyError) as e:
+        return str(dict(json.loads((folder / "state.json").read_text()))["stage"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"the checkpoint {folder} cannot be read ({e}); remove it to go on from an earlier one"
         ) from e

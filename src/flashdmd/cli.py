@@ -22,13 +22,20 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at a recipe.")
 app.add_typer(emoji, name="emoji")
 app.add_typer(config_app, name="config")
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+OUTSIDE = FULL | {  # what can be wrong with a disk or a path, and is no fault of ours
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+    errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
+NETWORKS = ("model_index.json", "config.json")  # what save_pretrained leaves
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="Changes to the recipe."),
 ]
 OutputDir = Annotated[Path | None, typer.Option(help="Instead of the recipe's output_dir.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 
 
 def show_version(wanted: bool | None) -> None:
@@ -70,9 +77,9 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = True,
 ) -> None:
     """Distil, then refine, as the recipe says; then measure and report."""
-    from flashdmd import run
+    from flashdmd import config, run
 
-    report = run.full(run.read_recipe(recipe, overrides or [], output_dir), resume)
+    report = run.full(config.read(recipe, overrides or [], output_dir), resume)
     typer.echo(f"Report: {report}")
 
 
@@ -112,10 +119,10 @@ def compare(
     output_dir: Annotated[Path, typer.Option()] = Path("runs/compare"),
 ) -> None:
     """Flash-DMD, RL alone and DMD2 at equal cost, several seeds, in one table."""
-    from flashdmd import compare, run
+    from flashdmd import compare, config
 
     planned = [arm.strip() for arm in arms.split(",")]
-    read = run.read_recipe(recipe, overrides or [], output_dir)
+    read = config.read(recipe, overrides or [], output_dir)
     table = compare.compare(read, range(seeds), planned, output_dir)
     typer.echo(table.read_text("utf-8"))
     typer.echo(f"Wrote {table}")
@@ -134,9 +141,9 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
 @config_app.command("show")
 def config_show(recipe: str, overrides: Overrides = None) -> None:
     """The recipe as it would run, every default filled in."""
-    from flashdmd import config, run
+    from flashdmd import config
 
-    typer.echo(config.dump(run.read_recipe(recipe, overrides or [], None)), nl=False)
+    typer.echo(config.dump(config.read(recipe, overrides or [])), nl=False)
 
 
 @config_app.command("schema")
@@ -147,6 +154,12 @@ def config_schema() -> None:
     from flashdmd import config
 
     typer.echo(json.dumps(config.schema(), indent=2))
+
+
+def check_start(folder: Path | None) -> None:
+    """Raises UserError for a folder of networks that is none."""
+    if folder is not None and not any((folder / n).is_file() for n in NETWORKS):
+        raise UserError(f"--start {folder}: give a folder with {' or '.join(NETWORKS)}")
 
 
 @emoji.command("data")
@@ -186,6 +199,7 @@ def emoji_teacher(
     """Train a teacher; goes on where it was stopped."""
     from flashdmd.emoji.world import ASSETS
 
+    check_start(start)
     output = output or Path("runs/emoji") / family
     if family == "score":
         from flashdmd.emoji import teacher
@@ -211,6 +225,7 @@ def emoji_reward(
     from flashdmd.emoji import reward
     from flashdmd.emoji.world import ASSETS
 
+    check_start(start)
     reward.train(output, start or ASSETS / "score", max_train_steps, seed=seed)
     typer.echo(f"Wrote {output}")
 
@@ -248,13 +263,20 @@ def main() -> None:
         fail(str(e), 2)
     except Interrupted as e:
         fail(str(e), 130)
+    except KeyboardInterrupt:
+        fail("stopped; what was saved before is intact, and the same command goes on", 130)
     except FloatingPointError as e:
-        fail(f"not finite: {e}. What was saved before is intact; lower the learning rates", 2)
+        fail(
+            f"not finite: {e}. What was saved before is intact; the same command with lower "
+            "learning rates goes on from there",
+            2,
+        )
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if e.errno not in OUTSIDE:
             raise
         where = f": {e.filename}" if e.filename else ""
-        fail(f"{e.strerror}{where}. What was saved before is intact; the same command goes on", 2)
+        on = "; with room, the same command goes on" if e.errno in FULL else ""
+        fail(f"{e.strerror}{where}. What was saved before is intact{on}", 2)
 
 
 def fail(message: str, code: int) -> None:

@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from flashdmd import run
 from flashdmd.baselines import TTUR
-from flashdmd.config import Recipe
+from flashdmd.config import Recipe, build
 from flashdmd.emoji import judge
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol
 from flashdmd.files import write_text
 from flashdmd.models import families
+from flashdmd.report.run import parsed, unrolled
 from flashdmd.session import load_reward, load_teacher, write_json
 
 FIGURES = ("kid", "retrieval", "reward", "held_out_reward", "diversity")
@@ -134,13 +135,12 @@ def variant(recipe: Recipe, planned: Planned, seed: int, folder: Path) -> Recipe
         section, key = name.split(".")
         content[section][key] = value
     content["output_dir"] = str(folder / planned.folder)
-    return Recipe.model_validate(content)
+    return build(content, f"{planned.folder}, a part of the comparison")
 
 
 def cost(folder: Path, name: str) -> dict[str, int]:
     """What a student cost from the teacher on, as the logs of its runs counted it."""
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = unrolled(parsed((folder / "metrics.jsonl").read_text("utf-8"))[0])
     if name == STAGE_1:
         records = [r for r in records if r["stage"] == "distill"]
     last = {k: int(records[-1][k]) for k in ("images", "generator_updates")}

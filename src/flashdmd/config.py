@@ -20,14 +20,19 @@ from pydantic_core import ErrorDetails
 
 from flashdmd.algorithm import Method
 from flashdmd.errors import UserError
+from flashdmd.schedule import STEPS
 
 Rate = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+HERE = Path(__file__).parent
+RECIPES = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
 
 ALIASES = {  # what other tools call it: its name here
     "dfake_gen_update_ratio": "method.ttur",
     "generator_update_interval": "method.ttur",
-    "student_update_freq": "method.ttur",
+    "student_update_freq": "method.ttur (one less: updates of the score a generator update)",
     "dmd_denoising_steps": "method.student_timesteps",
     "denoising_step_list": "method.student_timesteps",
     "t_list": "method.student_timesteps",
@@ -37,13 +42,13 @@ ALIASES = {  # what other tools call it: its name here
     "gan_loss_weight_gen": "method.gan_loss_weight",
     "pretrained_teacher_model": "model.pretrained_model_name_or_path",
     "batch_size": "train.train_batch_size",
-    "max_iter": "train.max_train_steps",
+    "max_iter": "train.max_train_steps (generator updates, one in method.ttur iterations)",
     "lr": "train.learning_rate",
 }
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Model(Section):
@@ -78,7 +83,7 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 10.0  # DMD2, full fine-tuning
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
     checkpoints_total_limit: Count | None = 2  # None keeps all
     gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
@@ -95,8 +100,8 @@ class Train(Section):
 class Validation(Section):
     prompts: tuple[str, ...] = ()  # shown in the report; none: prompts of the embedded world
     num_prompts: Annotated[int, Field(ge=8)] = 276  # measured, one picture each
-    teacher_steps: Count = 50
-    seed: Annotated[int, Field(ge=0)] = 1234  # of the starting noise, the same for every arm
+    teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50
+    seed: Seed = 1234  # of the starting noise, the same for every arm
 
 
 class Recipe(Section):
@@ -105,7 +110,7 @@ class Recipe(Section):
     method: Method = Method()
     train: Train = Train()
     validation: Validation = Validation()
-    output_dir: str = "runs/flashdmd"
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/flashdmd"
 
     @property
     def first_stage(self) -> str:
@@ -206,6 +211,14 @@ def parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from e
+
+
+def read(name: str, overrides: list[str], output_dir: Path | None = None) -> Recipe:
+    """A recipe by file, or one of the shipped ones by name (emoji-score, emoji-flow)."""
+    path = next((p / f"{name}.yaml" for p in RECIPES if (p / f"{name}.yaml").is_file()), Path(name))
+    if output_dir is not None:
+        overrides = [*overrides, f"output_dir={json.dumps(str(output_dir))}"]
+    return load(path, overrides)
 
 
 def load(path: Path, overrides: list[str]) -> Recipe:

@@ -30,7 +30,7 @@ def read_prompts(path: Path) -> list[str]:
         "the prompt file",
         'give a .txt file with one prompt a line, or .jsonl with {"prompt": ...} a line',
     )
-    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     prompts = [line for _, line in lines]
     if path.suffix == ".jsonl":
         prompts = [said(path, i, line, ("prompt",)) for i, line in lines]
@@ -72,6 +72,8 @@ def said(path: Path, number: int, line: str, keys: tuple[str, ...]) -> str:
     text = found[key]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{path}, line {number}: "{key}" must be a text that is not empty')
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f'{path}, line {number}: "{key}" holds half a surrogate pair')
     return text.strip()
 
 
@@ -152,7 +154,7 @@ def listed(metadata: Path, captions: bool) -> list[tuple[Path, str]]:
     """(picture, caption) of every line of metadata.jsonl; paths stay inside its folder."""
     text = read_text(metadata, "the list of pictures", "make it readable")
     items = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         name = said(metadata, i, line, ("file_name",))

@@ -75,7 +75,10 @@ def trained_steps(folder: Path) -> tuple[int, ...] | None:
     notes = folder / NOTES
     if not notes.is_file():
         return None
-    return tuple(json.loads(notes.read_text())["student_timesteps"])
+    try:
+        return tuple(int(t) for t in json.loads(notes.read_text("utf-8"))["student_timesteps"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{notes} cannot be read as a student's notes: {e!r}") from e
 
 
 def model_card(

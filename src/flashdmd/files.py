@@ -20,7 +20,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     retired = folder.with_name(f".{folder.name}.retired-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    mend(folder)
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -39,6 +39,17 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def mend(folder: Path) -> None:
+    """Puts back what a process that was killed between two renames set aside; clears its rest."""
+    for retired in folder.parent.glob(f".{folder.name}.retired-*"):
+        if folder.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            retired.rename(folder)
+    for unfinished in folder.parent.glob(f".{folder.name}.writing-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def forget_origins(folder: Path) -> None:

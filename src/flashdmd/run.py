@@ -1,6 +1,7 @@
 """What the commands do: train through both stages, demo, sample, evaluate, report."""
 
 import json
+import math
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from flashdmd.files import write_text
 from flashdmd.models import families
 from flashdmd.models.families import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
+from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
 from flashdmd.session import (
     Progress,
@@ -34,10 +36,9 @@ from flashdmd.session import (
     write_json,
 )
 
-HERE = Path(__file__).parent
-RECIPES = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
 GUIDANCE = 3.0  # of a teacher, where nothing says otherwise
 DRAWN_AT_ONCE = 64
+PICTURES = (".png", ".webp")
 REAL = "real pictures"
 COMPARED = 8  # prompts of comparison.png
 
@@ -46,6 +47,12 @@ MAY_CHANGE = {  # keys that a resumed run may have otherwise than the run it goe
     "train.joint_train_steps",
     "train.checkpointing_steps",
     "train.checkpoints_total_limit",
+    "train.learning_rate",  # a run that left the finite is gone on with at lower ones
+    "train.fake_score_learning_rate",
+    "train.discriminator_learning_rate",
+    "train.preference_learning_rate",
+    "train.max_grad_norm",
+    *(f"validation.{name}" for name in config.Validation.model_fields),
 }
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
 
@@ -166,14 +173,6 @@ def bar() -> Progress:
     return show
 
 
-def read_recipe(name: str, overrides: list[str], output_dir: Path | None) -> Recipe:
-    """A recipe by file, or one of the shipped ones by name (emoji-score, emoji-flow)."""
-    path = next((p / f"{name}.yaml" for p in RECIPES if (p / f"{name}.yaml").is_file()), Path(name))
-    if output_dir is not None:
-        overrides = [*overrides, f"output_dir={json.dumps(str(output_dir))}"]
-    return config.load(path, overrides)
-
-
 def full(recipe: Recipe, resume: bool = True) -> Path:
     """Train, measure all arms side by side, and write the report; returns its path."""
     from flashdmd import report
@@ -196,7 +195,7 @@ DEMO = {  # what makes the shipped recipes short enough for a quarter of an hour
 def demo(family: str, output_dir: Path, overrides: list[str]) -> Path:
     """Both stages on the shipped teacher of a family, shortened; returns the report's path."""
     short = [f"{key}={value}" for key, value in DEMO.items()]
-    return full(read_recipe(f"emoji-{family}", [*short, *overrides], output_dir))
+    return full(config.read(f"emoji-{family}", [*short, *overrides], output_dir))
 
 
 def measure(recipe: Recipe) -> Path:
@@ -274,20 +273,25 @@ def evaluate(models: list[str], output: Path, num_prompts: int = 276) -> Path:
 
     The first row is of real pictures.
     """
+    teachers = {model: load_teacher(model) for model in models}  # what is missing is missed now
+    steps_of = {model: export.trained_steps(Path(model)) for model in models}
+    scores = {
+        model: scorer(load_reward("emoji-reward", teacher), teacher)
+        for model, teacher in teachers.items()
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(Protocol(num_prompts=num_prompts), judge.load(ASSETS / "judge"))
     rows = [bench.measure(REAL, 0, bench.draw_real, None)]
-    for model in models:
-        teacher = load_teacher(model)
-        trained = export.trained_steps(Path(model))
+    for model, teacher in teachers.items():
+        trained = steps_of[model]
         ways = (
             {f"{model}": (len(trained), 0.0)}
             if trained
             else {f"{model}-50": (50, GUIDANCE), f"{model}-4": (4, GUIDANCE)}
         )
-        score = scorer(load_reward("emoji-reward", teacher), teacher)
         for arm, (steps, guidance) in ways.items():
             one = Arm(teacher, steps, guidance)
-            rows.append(bench.measure(arm, one.nfe, one.draw, score))
+            rows.append(bench.measure(arm, one.nfe, one.draw, scores[model]))
     write_json(output, {"fingerprint": bench.fingerprint(), "rows": rows})
     return output
 
@@ -300,19 +304,32 @@ def sample(
     Students are sampled without guidance at the steps they were trained for; `guidance` is for
     teachers, 3 unless given.
     """
+    check_output(output)
     teacher = load_teacher(model)
     trained = export.trained_steps(Path(model))
+    if trained is None and steps > STEPS:
+        raise UserError(f"--steps {steps}: a teacher has {STEPS}")
     if guidance is None:
         guidance = 0.0 if trained else GUIDANCE
+    elif trained or not 0 <= guidance < math.inf:
+        raise UserError(
+            f"--guidance {guidance} is for teachers, 0 or more; a student's is part of its weights"
+        )
     if trained and len(trained) != steps:
         raise UserError(
             f"{model} is a student of {len(trained)} steps {trained}, not {steps}; sample it with "
             f"--steps {len(trained)}"
         )
-    images = teacher.sample(prompts, teacher.noise(len(prompts), seed), steps, guidance)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    images = Arm(teacher, steps, guidance).draw(prompts, seed)
     contact_sheet(images, min(len(prompts), 8)).save(output)
     return output
+
+
+def check_output(path: Path) -> None:
+    """Makes the folder that `path` is to be written in. Raises UserError for no picture's name."""
+    if path.suffix.lower() not in PICTURES or path.is_dir():
+        raise UserError(f"--output {path}: give a file name that ends in {' or '.join(PICTURES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def picture(path: Path, image: np.ndarray) -> None:

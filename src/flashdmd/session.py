@@ -137,6 +137,11 @@ def open_session(recipe: Recipe) -> Session:
     torch.manual_seed(recipe.train.seed)
     prompts = tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
     teacher = load_teacher(recipe.model.pretrained_model_name_or_path)
+    if export.trained_steps(teacher.folder):
+        raise UserError(
+            f"model.pretrained_model_name_or_path={str(teacher.folder)!r} is a few-step student; "
+            "name its teacher there, and the student as model.student_model_name_or_path"
+        )
     check_steps(teacher, recipe.method.student_timesteps)
     source = open_source(recipe, teacher)
     generator, score = teacher.trainable_copy(), teacher.trainable_copy()
@@ -270,7 +275,7 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
 
 
 def save(session: Session, trainer: Trainer) -> None:
-    """Writes checkpoint-{iterations of the whole run} and prunes older ones."""
+    """Writes checkpoint-{iterations}, of stage 2 a million later, and prunes older ones."""
     step = trainer.state.iteration + (10**6 if trainer.stage != "distill" else 0)
     trainer.save(session.output / f"checkpoint-{step}")
     checkpoint.prune(session.output, session.recipe.train.checkpoints_total_limit)

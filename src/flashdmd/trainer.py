@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from flashdmd import checkpoint
 from flashdmd.algorithm import FlashDMD, Loss, Rollout, Update
 from flashdmd.baselines import DMD2
+from flashdmd.errors import UserError
 from flashdmd.sampler import Cond
 from flashdmd.seeds import seed_of
 from flashdmd.stopwatch import REST, Stopwatch
-
-CALIBRATION_FLOOR = 1e-12  # a term without gradient must not divide by zero
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class State:
     updates: dict[str, int] = field(default_factory=dict)  # by learner
     images: int = 0  # cost: batch x iterations in which the score estimator learned
     before: dict[str, int] = field(default_factory=dict)  # updates of the stages before
-    gan_loss_weight: float = 0.0
+    gan_loss_weight: float | None = None  # lambda_adv; None: the method's, until it is calibrated
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
 
     def for_next_stage(self) -> "State":
@@ -90,7 +89,11 @@ class Trainer:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
-        if not self.state.gan_loss_weight:
+        self.take_weight()
+
+    def take_weight(self) -> None:
+        """lambda_adv as the state has it, which a new run takes from the method."""
+        if self.state.gan_loss_weight is None:
             self.state.gan_loss_weight = self.algorithm.gan_loss_weight
         self.algorithm.gan_loss_weight = self.state.gan_loss_weight
 
@@ -205,9 +208,9 @@ class Trainer:
             return
         sums = [self.state.norms[0] + matching, self.state.norms[1] + adversarial]
         self.state.norms = sums
-        if self.generator_updates + 1 == last:
-            self.state.gan_loss_weight *= ratio * sums[0] / max(sums[1], CALIBRATION_FLOOR)
-            self.algorithm.gan_loss_weight = self.state.gan_loss_weight
+        if self.generator_updates + 1 == last and min(sums) > 0:  # else there is nothing to weigh
+            self.algorithm.gan_loss_weight *= ratio * sums[0] / sums[1]
+            self.state.gan_loss_weight = self.algorithm.gan_loss_weight
 
     def cast(self) -> Any:
         on = self.precision is not None
@@ -228,8 +231,10 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         state = checkpoint.load(folder, self.networks(), self.optimizers())
         assert state.pop("stage") == self.stage
+        if state.keys() != State.__dataclass_fields__.keys():
+            raise UserError(f"the checkpoint {folder} is of another version; start over")
         self.state = State(**state)
-        self.algorithm.gan_loss_weight = self.state.gan_loss_weight
+        self.take_weight()
 
     def networks(self) -> dict[str, nn.Module]:
         """Each trained network once: a preference learner has the generator's."""

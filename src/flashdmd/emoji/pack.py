@@ -7,6 +7,7 @@ Hugging Face's loaders read them: WebP pictures and one metadata.jsonl with thei
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from flashdmd.errors import UserError
 
 SIZE = 64
 PACKAGES = (
@@ -50,10 +53,12 @@ def split_of(concept: str, style: str) -> str:
 def install(folder: Path) -> Path:
     """Runs `npm install` for the four packages in `folder`; returns its node_modules."""
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        ["npm", "install", "--ignore-scripts", "--no-audit", "--prefix", str(folder), *PACKAGES],
-        check=True,
-    )
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError("the pictures come from npm packages, and there is no npm here; install it")
+    to = ("--ignore-scripts", "--no-audit", "--prefix", str(folder))
+    if subprocess.run([npm, "install", *to, *PACKAGES], check=False).returncode:
+        raise UserError("npm could not install the packages of pictures; it says why above")
     return folder / "node_modules"
 
 

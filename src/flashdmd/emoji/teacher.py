@@ -181,9 +181,10 @@ def train_score(
     folder: Path,
     start: Path,
     max_train_steps: int,
-    lesson_steps: int = 3500,
-    batch: int = 64,
+    lesson_steps: int = 5000,
+    batch: int = 128,
     learning_rate: float = 5e-4,
+    muon_rate: float = 4e-3,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """Trains the score-based teacher and writes it to `folder / "pipeline"`.
@@ -239,7 +240,9 @@ def train_score(
     def show(_: nn.Module, step: int) -> None:
         contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png")
 
-    plan = Fit(max_train_steps, learning_rate, folder, seed, ema_decay=0.999, warmup=500)
+    plan = Fit(
+        max_train_steps, learning_rate, folder, seed, 200, ema_decay=0.999, muon_rate=muon_rate
+    )
     fit(both, loss, plan, show, show_every=1000)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
     forget_origins(folder / "pipeline")

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from flashdmd.errors import UserError
 from flashdmd.models.padding import RepeatLast, compress
 from flashdmd.sampler import Cond
-from flashdmd.schedule import Kind, Process, RectifiedFlow, VariancePreserving
+from flashdmd.schedule import STEPS, Kind, Process, RectifiedFlow, VariancePreserving
 
 
 @runtime_checkable
@@ -51,11 +51,22 @@ class StableDiffusion:
 
     def process(self, pipeline: Any) -> Process:
         config = pipeline.scheduler.config
-        kinds: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-        if config.beta_schedule != "scaled_linear" or config.num_train_timesteps != 1000:
+        if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
             raise UserError(
-                f"the teacher's scheduler has beta_schedule={config.beta_schedule!r} over "
-                f"{config.num_train_timesteps} steps; only 'scaled_linear' over 1000 is supported"
+                "the teacher's scheduler has trained_betas or rescale_betas_zero_snr; only plain "
+                "'scaled_linear' betas are supported"
+            )
+        kinds: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+        betas, steps = config.get("beta_schedule"), config.get("num_train_timesteps")
+        if betas != "scaled_linear" or steps != STEPS:
+            raise UserError(
+                f"the teacher's scheduler has beta_schedule={betas!r} over {steps} steps; only "
+                f"'scaled_linear' over {STEPS} is supported"
+            )
+        if config.prediction_type not in kinds:
+            raise UserError(
+                f"the teacher's scheduler has prediction_type={config.prediction_type!r}; "
+                f"supported are {', '.join(kinds)}"
             )
         schedule = VariancePreserving(config.beta_start, config.beta_end)
         return Process(schedule, kinds[config.prediction_type])
@@ -287,10 +298,10 @@ def load(folder: Path) -> Teacher:
             f"folder (as written by save_pretrained), or emoji-score or emoji-flow"
         )
     try:
-        entries = json.loads(index.read_text())
-        name = entries["_class_name"]
-    except (ValueError, KeyError, UnicodeDecodeError) as e:
-        raise UserError(f"{index} cannot be read as a pipeline index: {e}") from e
+        entries = dict(json.loads(index.read_text("utf-8")))
+        name = str(entries["_class_name"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{index} cannot be read as a pipeline index: {e!r}") from e
     if name not in FAMILIES:
         raise UserError(f"{folder} is a {name}; supported are {', '.join(FAMILIES)}")
     try:
@@ -302,9 +313,38 @@ def load(folder: Path) -> Teacher:
         raise UserError(f"the pipeline in {folder} cannot be loaded: {e}") from e
     pipeline.set_progress_bar_config(disable=True)
     family = FAMILIES[name]()
+    check_whole(folder, pipeline, family.network)
     process = family.process(pipeline)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
     denoiser = NetworkDenoiser(getattr(pipeline, family.network), family, process)
     return Teacher(folder, family, pipeline, process, denoiser)
+
+
+def check_whole(folder: Path, pipeline: Any, network: str) -> None:
+    """Raises UserError for what loads without complaint and is no teacher.
+
+    A part or a weight that is not there, a tokenizer without its words, or pictures not square.
+    """
+    for name in (network, "vae", "scheduler", "tokenizer", "text_encoder"):
+        if getattr(pipeline, name, None) is None:
+            raise UserError(f"the pipeline in {folder} has no {name}")
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            for weight, p in part.named_parameters():
+                if p.is_meta:
+                    raise UserError(f"the pipeline in {folder} lacks the weight {name}.{weight}")
+                if not p.isfinite().all():
+                    raise UserError(f"{name}.{weight} in {folder} holds numbers that are none")
+    words, known = len(pipeline.tokenizer), int(pipeline.text_encoder.config.vocab_size)
+    if words < known:
+        raise UserError(
+            f"the tokenizer in {folder} has {words} tokens where the text encoder knows {known}: "
+            "its files (tokenizer.json, or vocab.json and merges.txt) are missing or of another"
+        )
+    if not isinstance(size := getattr(pipeline, network).config.sample_size, int):
+        raise UserError(
+            f"the {network} in {folder} has sample_size={size!r}; a number is needed, the latent "
+            "places across a square picture"
+        )

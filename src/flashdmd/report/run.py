@@ -91,7 +91,19 @@ def read_log(run: Run) -> None:
     except FileNotFoundError:
         run.missing.append("metrics.jsonl is not there, so there are no curves.")
         return
-    records, torn = [], 0
+    records, torn = parsed(text)
+    if torn:
+        run.missing.append(f"Lines of metrics.jsonl that cannot be read and are left out: {torn}.")
+    arms = list(dict.fromkeys(str(r.get("arm", "")) for r in records))
+    if len(arms) > 1:
+        run.missing.append(f"The curves are those of {arms[0]!r}; the log also has {arms[1:]}.")
+    run.log = unrolled([r for r in records if str(r.get("arm", "")) == arms[0]])
+
+
+def parsed(text: str) -> tuple[list[Record], int]:
+    """The iterations that a log tells of, and how many of its lines cannot be read."""
+    records: list[Record] = []
+    torn = 0
     for line in text.splitlines():
         try:
             record = json.loads(line)
@@ -101,12 +113,7 @@ def read_log(run: Run) -> None:
             records.append(record)
         elif line.strip():
             torn += 1
-    if torn:
-        run.missing.append(f"Lines of metrics.jsonl that cannot be read and are left out: {torn}.")
-    arms = list(dict.fromkeys(str(r.get("arm", "")) for r in records))
-    if len(arms) > 1:
-        run.missing.append(f"The curves are those of {arms[0]!r}; the log also has {arms[1:]}.")
-    run.log = unrolled([r for r in records if str(r.get("arm", "")) == arms[0]])
+    return records, torn
 
 
 def unrolled(records: list[Record]) -> list[Record]:
