@@ -5,7 +5,7 @@ import torch
 from networks import STEPS, D, Estimator, Student, flash, has_gradient
 from torch import nn
 
-from flashdmd.algorithm import STEP_LISTS
+from flashdmd.algorithm import SPLIT, split
 from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
 
 HIGH = (999, 749, 499)
@@ -87,9 +87,9 @@ def test_the_image_is_the_decoded_answer_at_the_low_noise_step():
     torch.testing.assert_close(samples.image, algorithm.decode(0.5 * student.calls[-1].x_t + 0.1))
 
 
-@pytest.mark.parametrize("n", STEP_LISTS)
+@pytest.mark.parametrize("n", SPLIT)
 def test_a_student_of_any_number_of_steps_walks_all_of_them_once(n):
-    lists = {f"{name}_timesteps": steps for name, steps in STEP_LISTS[n].items()}
+    lists = split(tuple(999 - 1000 * i // n for i in range(n)))
     for t in lists["matching_timesteps"]:
         for t_hat in lists["adversarial_timesteps"]:
             student = Student(steps=lists["student_timesteps"])

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashdmd import config
-from flashdmd.algorithm import STEP_LISTS
+from flashdmd.algorithm import SPLIT
 from flashdmd.config import Recipe
 from flashdmd.errors import UserError
 
@@ -54,7 +54,7 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
         ("method.ttur=1.5", "method.ttur=1.5"),
         ("method.ttur=0", "ttur=0"),
         ("method.student_timesteps=[249,999]", "strictly decreasing"),
-        ("method.student_timesteps=[999,499]", "are not among"),
+        ("method.matching_timesteps=[998]", "are not among"),
         ("method.preference_timesteps=[249]", "the last step"),
         ("train.arm=dmd3", "'flash-dmd' or 'dmd2'"),
         ("train.arm=dmd2", "no second stage"),
@@ -103,14 +103,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         config.load(tmp_path / "nowhere.yaml", [])
 
 
-@pytest.mark.parametrize("n", sorted(STEP_LISTS))
-def test_each_step_list_makes_a_method(n: int, tmp_path: Path) -> None:
-    lists = {f"{name}_timesteps": list(steps) for name, steps in STEP_LISTS[n].items()}
-    joint = 1 if lists["preference_timesteps"] else 0
-    recipe = load(
-        yaml.safe_dump({"method": lists, "train": {"joint_train_steps": joint}}), tmp_path
-    )
-    assert len(recipe.method.student_timesteps) == n
+@pytest.mark.parametrize("n", SPLIT)
+@pytest.mark.parametrize("first", [999, 1000])
+def test_steps_may_be_named_alone(n: int, first: int) -> None:
+    """Of either kind of teacher, in a recipe or after it; the split follows."""
+    steps = [first - 1000 * i // n for i in range(n)]
+    changes = [f"method.student_timesteps={steps}", f"train.joint_train_steps={min(n - 1, 40)}"]
+    method = config.read("emoji-score", changes).method
+    assert list(method.student_timesteps) == steps
+    assert set(method.matching_timesteps) | set(method.adversarial_timesteps) == set(steps)
+    own = config.read("emoji-score", [*changes, f"method.adversarial_timesteps=[{steps[0]}]"])
+    assert own.method.adversarial_timesteps == (steps[0],)
 
 
 VALUES = st.recursive(

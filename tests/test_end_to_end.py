@@ -98,10 +98,50 @@ def test_the_student_is_a_stock_pipeline(finished: Path) -> None:
     image = pipeline("a cat", num_inference_steps=4, guidance_scale=0, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
     assert len(pipeline.scheduler.timesteps) == 4
-    assert "num_inference_steps=4" in (finished / "student/README.md").read_text()
+    card = (finished / "student/README.md").read_text()
+    assert "num_inference_steps=4" in card
+    assert "2 generator updates. Then refined (stage 2, joint) for 1 generator updates." in card
     configs = list((finished / "student").glob("*/*config.json"))
     assert len(configs) > 3
     assert not any("_name_or_path" in path.read_text() for path in configs)
+
+
+def test_what_may_change_goes_on_and_starting_over_forgets(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """Rates and what is measured may change on the way, and nothing of an old run outlives it."""
+    short = ("train.joint_train_steps=0", "train.max_train_steps=1")
+    run.train(recipe(folders, tmp_path / "run", family, *short), progress=quiet)
+    changed = ("train.learning_rate=1e-7", "validation.teacher_steps=6", "train.max_grad_norm=1")
+    longer = (*changed, "train.joint_train_steps=0", "train.max_train_steps=2")
+    run.train(recipe(folders, tmp_path / "run", family, *longer), progress=quiet)
+    assert "for 2 generator updates" in (tmp_path / "run/student/README.md").read_text()
+    with pytest.raises(UserError, match=r"method\.beta: was 500\.0, is 400\.0"):
+        run.train(recipe(folders, tmp_path / "run", family, *longer, "method.beta=400"))
+    (tmp_path / "run/metrics.json").write_text("{}")
+    again = recipe(folders, tmp_path / "run", family, *short, "method.beta=400")
+    run.train(again, resume=False, progress=quiet)
+    assert "for 1 generator updates" in (tmp_path / "run/student/README.md").read_text()
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_student_is_no_teacher(finished: Path, folders: dict[str, Path], family: str) -> None:
+    model = f"model.pretrained_model_name_or_path={finished / 'student'}"
+    with pytest.raises(UserError, match="is a few-step student; name its teacher"):
+        run.train(recipe(folders, folders["here"] / "none", family, model))
+    assert not (folders["here"] / "none").exists()
+
+
+def test_the_same_seed_draws_the_same_sheet(finished: Path, tmp_path: Path) -> None:
+    """Also of a student, which draws fresh noise between its steps."""
+    sheets = []
+    for name in ("a.png", "b.png"):
+        run.sample(str(finished / "student"), ["a cat", "a dog"], 4, 7, None, tmp_path / name)
+        sheets.append(np.asarray(Image.open(tmp_path / name)))
+    assert np.array_equal(*sheets)
+    run.sample(str(finished / "student"), ["a cat", "a dog"], 4, 8, None, tmp_path / "c.png")
+    assert not np.array_equal(sheets[0], np.asarray(Image.open(tmp_path / "c.png")))
 
 
 def test_a_run_stopped_anywhere_ends_as_the_run_that_was_not(

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from flashdmd.algorithm import STEP_LISTS, Method, cycle
+from flashdmd.algorithm import SPLIT, Method, cycle, split
 
 
 def test_the_defaults_are_the_papers():
@@ -78,10 +78,9 @@ def test_reinforcement_needs_a_step_to_draw_candidates_at(stage):
         cycle(method, stage)
 
 
-@pytest.mark.parametrize("n", STEP_LISTS)
-def test_step_lists_are_methods(n):
-    lists = STEP_LISTS[n]
-    method = Method(**{f"{name}_timesteps": steps for name, steps in lists.items()})
+@pytest.mark.parametrize("n", [*SPLIT, 3, 5, 6])
+def test_steps_are_split_into_a_method(n):
+    method = Method(**split(tuple(999 - 1000 * i // n for i in range(n))))
     assert len(method.student_timesteps) == n
     if n > 1:  # matching above, adversarial below, every step taught by one of them
         assert min(method.matching_timesteps) > max(method.adversarial_timesteps)
@@ -90,9 +89,8 @@ def test_step_lists_are_methods(n):
     assert set(method.preference_timesteps) <= set(method.matching_timesteps)
 
 
-def test_the_four_step_list_is_the_default():
-    lists = {f"{name}_timesteps": steps for name, steps in STEP_LISTS[4].items()}
-    assert Method(**lists) == Method()
+def test_the_split_of_four_steps_is_the_default():
+    assert Method(**split((999, 749, 499, 249))) == Method()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def joint(student=None, numbers=None, sign=1.0, reference=None, process=None):
 
 def test_candidates_are_drawn_at_the_chosen_steps_and_judged_at_their_own_noise_level():
     algorithm = joint()
-    drawn = algorithm.candidates(torch.randn(6, D), {}, {})
+    drawn = algorithm.draw_candidates(torch.randn(6, D), {}, {})
     assert [t for _, t, *_ in drawn] == [999, 749]
     assert [call.step for call in algorithm.generator.calls] == [999, 749]  # and not one more
     for (z, t, cond), level in zip(algorithm.reward.calls, (749, 499), strict=True):
@@ -48,7 +48,7 @@ def test_candidates_are_drawn_at_the_chosen_steps_and_judged_at_their_own_noise_
 
 def test_steps_without_preference_are_walked_as_always():
     algorithm = joint(numbers={"preference_timesteps": (999, 499)})
-    drawn = algorithm.candidates(torch.randn(6, D), {}, {})
+    drawn = algorithm.draw_candidates(torch.randn(6, D), {}, {})
     assert [t for _, t, *_ in drawn] == [999, 499]
     assert [call.step for call in algorithm.generator.calls] == [999, 749, 499]
     assert [call.differentiable for call in algorithm.generator.calls] == [True, False, True]
@@ -57,7 +57,7 @@ def test_steps_without_preference_are_walked_as_always():
 
 def test_the_first_candidates_come_from_pure_noise_and_the_next_from_one_of_them():
     algorithm, noise = joint(numbers={"candidates": 4}), torch.randn(400, D)
-    (z, _, _, pool, _), (z_next, *_) = algorithm.candidates(noise, {}, {})
+    (z, _, _, pool, _), (z_next, *_) = algorithm.draw_candidates(noise, {}, {})
     assert torch.equal(z, noise)
     assert pool.shape == (4, 400, D)
     came_from = (pool == z_next).all(2)  # (K, B)
@@ -71,7 +71,7 @@ def test_all_candidates_of_an_example_are_draws_of_the_policy_at_its_state(sched
     """z' ~ N(alpha' x_0(z_t), sigma'^2 I), independently."""
     algorithm = joint(process=Process(schedule, "eps"), numbers={"candidates": 2000})
     algorithm.generator.requires_grad_(False)
-    for z, t, _, pool, _ in algorithm.candidates(torch.randn(5, D), {}, {}):
+    for z, t, _, pool, _ in algorithm.draw_candidates(torch.randn(5, D), {}, {}):
         level = STEPS[STEPS.index(t) + 1]
         alpha, sigma = (v.item() for v in schedule(torch.tensor([level])))
         mean = alpha * (0.5 * z + 0.1)
@@ -86,7 +86,7 @@ def test_all_candidates_of_an_example_are_draws_of_the_policy_at_its_state(sched
 def test_scores_lie_as_the_candidates_do_and_conditions_go_with_them():
     algorithm = joint()
     reward_cond = {"text": torch.arange(6.0)[:, None]}
-    for *_, pool, scores in algorithm.candidates(torch.randn(6, D), {}, reward_cond):
+    for *_, pool, scores in algorithm.draw_candidates(torch.randn(6, D), {}, reward_cond):
         assert torch.equal(scores, pool[:, :, 0])
     for z, _, cond in algorithm.reward.calls:
         rows = z.unflatten(0, (4, 6))
@@ -143,7 +143,7 @@ def test_the_loss_is_the_log_odds_of_best_over_worst_under_the_policy(schedule):
     noise = torch.randn(6, D)
     with torch.no_grad():
         torch.manual_seed(3)
-        drawn = algorithm.candidates(noise, {}, {})
+        drawn = algorithm.draw_candidates(noise, {}, {})
         torch.manual_seed(3)
         loss = algorithm.preference_loss(noise, {}, {})
         expected = brute_force(algorithm, drawn, student, reference)

@@ -111,22 +111,23 @@ class Method:
             )
 
 
-STEP_LISTS = {  # the split of steps for students of 1, 2, 4 and 8 steps [DEF, 4 is the paper's]
-    1: {"student": (999,), "matching": (999,), "adversarial": (999,), "preference": ()},
-    2: {"student": (999, 499), "matching": (999,), "adversarial": (499,), "preference": (999,)},
-    4: {
-        "student": (999, 749, 499, 249),
-        "matching": (999, 749, 499),
-        "adversarial": (249,),
-        "preference": (999, 749),
-    },
-    8: {
-        "student": (999, 874, 749, 624, 499, 374, 249, 124),
-        "matching": (999, 874, 749, 624, 499, 374),
-        "adversarial": (249, 124),
-        "preference": (999, 874, 749),
-    },
-}
+SPLIT = {1: (1, 1, 0), 2: (1, 1, 1), 4: (3, 1, 2), 8: (6, 2, 3)}  # [DEF]; 4 steps: the paper's
+
+
+def split(steps: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The four lists of steps of a `Method` for a student of these steps.
+
+    The first ones are matched, the last ones go to the discriminator, candidates are drawn at the
+    first ones; of one step there is nothing after it to draw.
+    """
+    n = len(steps)
+    matched, judged, preferred = SPLIT.get(n, (n - 1, 1, n // 2))
+    return {
+        "student_timesteps": steps,
+        "matching_timesteps": steps[:matched],
+        "adversarial_timesteps": steps[n - judged :],
+        "preference_timesteps": steps[:preferred],
+    }
 
 
 def cycle(method: Method, stage: Stage) -> tuple[tuple[Update, ...], ...]:
@@ -159,6 +160,16 @@ class Rollout:
     t: int
     x0: dict[int, Tensor]  # G(x_s, s) at every step s of the student
     image: Tensor | None  # V(G(x_hat, t_hat)), what the discriminator sees
+
+
+class Candidates(NamedTuple):
+    """K continuations of one state of the walk."""
+
+    z_t: Tensor  # (B, *d)
+    t: int
+    x0: Tensor  # x_0_hat(z_t, t), through which the student learns
+    pool: Tensor  # (K, B, *d) draws of p(z_next | z_t)
+    scores: Tensor  # (K, B) rewards, at the noise level of the pool
 
 
 @dataclass
@@ -258,7 +269,7 @@ class FlashDMD:
         """
         assert self.reference is not None
         terms, best, worst = [], [], []
-        for z_t, t, x0, pool, scores in self.candidates(noise, cond, reward_cond):
+        for z_t, t, x0, pool, scores in self.draw_candidates(noise, cond, reward_cond):
             step = self.sampler.after(t)
             assert step is not None  # Method saw to it
             win, lose = losses.best_and_worst(pool, scores)
@@ -277,13 +288,11 @@ class FlashDMD:
             {"reward/best": torch.stack(best).mean(), "reward/worst": torch.stack(worst).mean()},
         )
 
-    def candidates(
-        self, noise: Tensor, cond: Cond, reward_cond: Cond
-    ) -> list[tuple[Tensor, int, Tensor, Tensor, Tensor]]:
+    def draw_candidates(self, noise: Tensor, cond: Cond, reward_cond: Cond) -> list[Candidates]:
         """Walk down; at each step of S_rl draw K next states, score them, go on from any of them.
 
-        Returns (z_t, t, x_0_hat, pool (K, B, *d), scores (K, B)) for each of those steps. Gradients
-        reach the student through x_0_hat alone: the forward that draws the pool is the one judged.
+        Gradients reach the student through x_0_hat alone: the forward that draws the pool is the
+        one that learns.
         """
         assert self.reward is not None
         drawn, z, k = [], noise, self.method.candidates
@@ -302,7 +311,7 @@ class FlashDMD:
             with torch.no_grad():
                 scores = self.reward(pool, times(step, pool), repeat(reward_cond, k))
             pool, scores = (p.unflatten(0, (k, len(z))) for p in (pool, scores))
-            drawn.append((z, t, x0, pool, scores))
+            drawn.append(Candidates(z, t, x0, pool, scores))
             z = one_each(pool)
         return drawn
 
@@ -315,7 +324,8 @@ def renoised(sampler: Sampler, method: Method, x0: Tensor, t: int) -> tuple[Tens
     """
     (low, high), shift = method.renoise_range, method.renoise_shift
     if method.renoise == "above_t":
-        low = min(max(low, math.ceil(t / (shift - (shift - 1) * t / STEPS))), high)
+        u_of_t = t / (shift - (shift - 1) * t / STEPS)  # the shift below, solved for u
+        low = min(max(low, math.ceil(u_of_t)), high)
     u = torch.randint(low, high + 1, (len(x0),), device=x0.device).float()
     # whole: a table of alphas has nothing between two steps
     s = (shift * u / (1 + (shift - 1) * u / STEPS)).round().clamp(1, STEPS - 1)

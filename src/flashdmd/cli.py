@@ -280,5 +280,8 @@ def main() -> None:
 
 
 def fail(message: str, code: int) -> None:
+    if "tqdm" in sys.modules:  # a bar that is open would be drawn over the message
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"flashdmd: {message}", file=sys.stderr)
     sys.exit(code)

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from flashdmd.algorithm import Method
+from flashdmd.algorithm import Method, split
 from flashdmd.errors import UserError
 from flashdmd.schedule import STEPS
 
@@ -111,6 +111,18 @@ class Recipe(Section):
     train: Train = Train()
     validation: Validation = Validation()
     output_dir: Annotated[str, Field(min_length=1)] = "runs/flashdmd"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, content: Any) -> Any:
+        """Steps that are named without a split get the default one."""
+        method = content.get("method") if isinstance(content, dict) else None
+        if not isinstance(method, dict):
+            return content
+        steps = method.get("student_timesteps")
+        if isinstance(steps, list | tuple) and steps and all(type(t) is int for t in steps):
+            return {**content, "method": {**split(tuple(steps)), **method}}
+        return content
 
     @property
     def first_stage(self) -> str:

@@ -35,6 +35,7 @@ from flashdmd.session import (
     run_stage,
     write_json,
 )
+from flashdmd.trainer import Trainer
 
 GUIDANCE = 3.0  # of a teacher, where nothing says otherwise
 DRAWN_AT_ONCE = 64
@@ -54,6 +55,10 @@ MAY_CHANGE = {  # keys that a resumed run may have otherwise than the run it goe
     "train.max_grad_norm",
     *(f"validation.{name}" for name in config.Validation.model_fields),
 }
+MADE = (  # by a run, beside its checkpoints; gone when it starts over
+    "metrics.jsonl", "metrics.json", "timing.json", "report.html", "samples", "student",
+    "student-stage1",
+)  # fmt: skip
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
 
 
@@ -76,9 +81,14 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
             trainer.restore(point)
         run_stage(session, trainer, recipe.train.max_train_steps, show)
         session.start = trainer.state.for_next_stage()
-        write_student(session, "student-stage1")
+        write_student(session, trainer, "student-stage1")
         point = None
     else:
+        if not recipe.train.joint_train_steps:
+            raise UserError(
+                f"train.joint_train_steps=0, but the run in {output} is in stage 2; give a number "
+                "of updates, or another output_dir"
+            )
         checkpoint.load_network(
             session.generator.network, output / "student-stage1", session.teacher.family.network
         )
@@ -88,7 +98,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
             trainer.restore(point)
             check_border(recipe, trainer.state.before.get("generator", 0))
         run_stage(session, trainer, recipe.train.joint_train_steps, show)
-    write_student(session, "student")
+    write_student(session, trainer, "student")
     if (stopwatch := session.stopwatch).iterations:
         write_json(
             output / "timing.json",
@@ -129,7 +139,9 @@ def prepare(recipe: Recipe, resume: bool) -> None:
     if not resume:
         for folder in checkpoint.all_of(output):
             checkpoint.remove(folder)
-        (output / "metrics.jsonl").unlink(missing_ok=True)
+        for name in MADE:
+            part = output / name
+            checkpoint.remove(part) if part.is_dir() else part.unlink(missing_ok=True)
     write_text(output / "recipe.yaml", config.dump(recipe))
     packages = ("flashdmd", "torch", "diffusers", "transformers", "numpy")
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
@@ -146,14 +158,16 @@ def flat(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def write_student(session: Session, name: str) -> Path:
-    """The student as a diffusers folder, with a card that says how to call it."""
-    recipe, teacher = session.recipe, session.teacher
-    note = f"Trained by `flashdmd train` for {recipe.train.max_train_steps} generator updates."
-    if recipe.train.joint_train_steps and name != "student-stage1":
-        unit = "preference" if recipe.train.stage2 == "rl" else "generator"
-        note += f" Then refined (stage 2, {recipe.train.stage2}) for "
-        note += f"{recipe.train.joint_train_steps} {unit} updates."
+def write_student(session: Session, trainer: Trainer, name: str) -> Path:
+    """The student as a diffusers folder, with a card that says how it was made and is called."""
+    recipe, teacher, made = session.recipe, session.teacher, trainer.state
+    distilled = made.updates if trainer.stage == "distill" else made.before
+    updates = distilled.get("generator", 0)
+    note = f"Trained by `flashdmd train` for {updates} generator updates."
+    if trainer.stage != "distill":
+        unit = "preference" if trainer.stage == "rl" else "generator"
+        note += f" Then refined (stage 2, {trainer.stage}) for "
+        note += f"{made.updates.get(unit, 0)} {unit} updates."
     card = export.model_card(name, teacher, recipe.method, note)
     folder = session.output / name
     return export.write_student(teacher, session.generator, recipe.method, folder, card)
