@@ -60,7 +60,9 @@ def disturb(network: nn.Module) -> None:
 
 
 def test_the_teacher_is_guided_as_the_recipe_says(teacher: Teacher) -> None:
-    trainer = session(teacher, method={"teacher_guidance_scale": 3.5}).trainer("distill")
+    run = session(teacher, method={"teacher_guidance_scale": 3.5})
+    disturb(run.generator)
+    trainer = run.trainer("distill")
     x_t, t = torch.randn(2, *teacher.latent_shape), torch.tensor([249.0, 749.0])
     cond, nothing = teacher.encode_prompts(list(PROMPTS[:2])), teacher.encode_prompts(["", ""])
     with torch.no_grad():

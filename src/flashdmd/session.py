@@ -116,7 +116,7 @@ class Session:
             if stage == recipe.first_stage
             else (0, 0),
             stage=stage,
-            state=copy.copy(self.start),
+            state=copy.deepcopy(self.start),
             stopwatch=self.stopwatch,
         )
 
