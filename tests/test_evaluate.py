@@ -137,12 +137,12 @@ def test_the_judge_finds_the_names_of_real_held_out_pictures(bench: Bench) -> No
     pictures, of = judge.rendered(bench.world, "test", 1, 5)
     names = [bench.world.emoji[i].name for i in of]
     found = retrieval(bench.judge, judge.features_of(bench.judge, pictures), names)
-    shuffled = retrieval(
-        bench.judge, judge.features_of(bench.judge, pictures), names[1:] + names[:1]
-    )
+    far = len(names) // 2  # neighbours are of one kind: a name and the next are easily confused
+    others = names[far:] + names[:far]
+    mistaken = retrieval(bench.judge, judge.features_of(bench.judge, pictures), others)
     assert found["top1"] > 0.4
     assert found["top5"] > found["top1"]
-    assert shuffled["top5"] < 0.1
+    assert mistaken["top5"] < 0.05  # of any five names: 0.02
 
 
 @pytest.mark.parametrize(("kind", "floor"), [("caption", 0.71), ("clean", 0.88), ("shaded", 0.85)])
