@@ -264,7 +264,7 @@ def main() -> None:
     except Interrupted as e:
         fail(str(e), 130)
     except KeyboardInterrupt:
-        fail("stopped; what was saved before is intact, and the same command goes on", 130)
+        fail("stopped; what was saved before is intact", 130)
     except FloatingPointError as e:
         fail(
             f"not finite: {e}. What was saved before is intact; the same command with lower "

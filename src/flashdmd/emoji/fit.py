@@ -91,8 +91,8 @@ class Optimizers:
                 group["lr"] = rate * share
             part.step()
             part.zero_grad()
-        for p in self.parameters.values():
-            p.grad = None
+        for name in self.lent:
+            self.parameters[name].grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything remembered between updates, as `what.parameter`."""
