@@ -197,7 +197,7 @@ def test_a_finished_run_is_left_as_it_is(
     [
         ("method.student_timesteps=[900, 700, 500, 250]", "cannot be written as a stock"),
         ("method.student_timesteps=[1001, 750, 500, 250]", "student_timesteps"),
-        ("model.reward_model_name_or_path=emoji-reward", "16 channels .* teacher's have 4"),
+        ("model.reward_model_name_or_path=emoji-reward", "8 channels .* teacher's have 4"),
     ],
 )
 def test_what_would_fail_at_the_end_is_said_at_the_start(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flashdmd.emoji import pack, pairs
 from flashdmd.emoji.teacher import TEXT_LENGTH, tokens, train_tokenizer
-from flashdmd.emoji.world import PACKED, SIZE, STYLES, World
+from flashdmd.emoji.world import PACKED, STYLES, World
 from flashdmd.evaluate.protocol import answers
 
 
@@ -64,18 +64,6 @@ def test_mirror_images_are_only_made_where_they_are_right(world: World) -> None:
     named = {e.name: e for e in world.emoji}
     assert not named["calendar"].mirrors
     assert named["strawberry"].mirrors
-
-
-def test_pictures_move_by_whole_cells() -> None:
-    """A square that fills its picture covers 7 cells each way, in one of four places."""
-    world, rng = World(), np.random.default_rng(0)
-    i = next(i for i, e in enumerate(world.emoji) if not e.mirrors)
-    world.pictures[i] = Image.new("RGBA", (SIZE, SIZE), (1, 1, 1))
-    seen = set()
-    for _ in range(100):
-        rows, columns = np.where(world.render(i, rng).sum(0) == 3)
-        seen.add((rows.min(), rows.max() + 1, columns.min(), columns.max() + 1))
-    assert seen == {(r, r + 56, c, c + 56) for r in (0, 8) for c in (0, 8)}
 
 
 def test_the_plain_picture_is_one_of_the_renderings() -> None:

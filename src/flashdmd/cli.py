@@ -176,7 +176,7 @@ def emoji_data(
 @emoji.command("vae")
 def emoji_vae(
     output: Annotated[Path, typer.Option()] = Path("runs/emoji/vae"),
-    max_train_steps: Steps = 2950,
+    max_train_steps: Steps = 2600,
     seed: Seed = 0,
 ) -> None:
     """Train the autoencoder."""

@@ -22,7 +22,7 @@ from flashdmd.files import replace_folder
 from flashdmd.seeds import seed_of
 
 Losses = dict[str, Tensor]
-OUTER = re.compile(r"embed|places|conv_(in|out)|painter\.out|network\.proj_out|norm_out")
+OUTER = re.compile(r"embed|places|conv_(in|out)|painter\.out|network\.proj_out|norm_out|heads")
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,11 @@ class Optimizers:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Takes what `state` gave."""
+        """Takes what `state` gave; what had had no gradient yet has no state either."""
         for name, (part, p) in self._owners().items():
             kinds = ("momentum_buffer",) if name in self.lent else ("step", "exp_avg", "exp_avg_sq")
-            part.state[p] = {what: tensors[f"{what}.{name}"] for what in kinds}
+            if f"{kinds[0]}.{name}" in tensors:
+                part.state[p] = {what: tensors[f"{what}.{name}"] for what in kinds}
 
     def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
         return {

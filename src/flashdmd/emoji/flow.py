@@ -52,7 +52,7 @@ def build_transformer() -> SD3Transformer2DModel:
         patch_size=1,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_layers=5,
+        num_layers=4,
         attention_head_dim=32,
         num_attention_heads=6,
         joint_attention_dim=JOINT_WIDTH,
@@ -119,8 +119,9 @@ def train_flow(
     folder: Path,
     score_folder: Path,
     max_train_steps: int,
-    batch: int = 64,
+    batch: int = 128,
     learning_rate: float = 5e-4,
+    muon_rate: float = 4e-3,
     seed: int = 0,
 ) -> StableDiffusion3Pipeline:
     """Trains the flow-matching teacher and writes it to `folder / "pipeline"`.
@@ -140,7 +141,7 @@ def train_flow(
 
     def loss(step: int) -> Losses:
         x0, captions = batches(step)
-        eps, t = torch.randn_like(x0), training_times(len(x0), 1.0, 0.7)
+        eps, t = torch.randn_like(x0), training_times(len(x0), 0.4, 1.0)
         x_t = process.add_noise(x0, eps, t)
         with torch.autocast("cpu", torch.bfloat16):
             hidden, pooled = networks.encode(tokens(tokenizer, captions))
@@ -165,8 +166,8 @@ def train_flow(
     def show(_: nn.Module, step: int) -> None:
         contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png", columns=2)
 
-    plan = Fit(max_train_steps, learning_rate, folder, seed, ema_decay=0.9995, warmup=500)
-    fit(networks, loss, plan, show, show_every=2000)
+    plan = Fit(max_train_steps, learning_rate, folder, seed, muon_rate=muon_rate)
+    fit(networks, loss, plan, show, show_every=1000)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
     forget_origins(folder / "pipeline")
     return pipeline

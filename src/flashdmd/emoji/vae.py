@@ -1,7 +1,9 @@
-"""`flashdmd emoji vae`: an AutoencoderKL from 64 px pictures to 16 x 8 x 8 latents, unit variance.
+"""`flashdmd emoji vae`: an AutoencoderKL from 64 px pictures to 8 x 8 x 8 latents, unit variance.
 
-The normalisation of each latent channel is folded into the two 1 x 1 convolutions, so
-`scaling_factor` is 1, `shift_factor` is 0 and stock pipelines need no other number.
+Few numbers for the denoiser, and a decoder that draws sharply from them: it learns by squared
+error, by what a frozen backbone sees, by an adversary, and on latents that are a little wrong, as
+a denoiser leaves them. The normalisation of each latent channel is folded into two 1 x 1
+convolutions, so `scaling_factor` is 1, `shift_factor` is 0 and stock pipelines need no more.
 """
 
 from pathlib import Path
@@ -10,13 +12,21 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from flashdmd.discriminator import Discriminator
 from flashdmd.emoji.fit import Fit, Losses, fit
 from flashdmd.emoji.world import Split, World
+from flashdmd.losses import hinge_discriminator, hinge_generator
+from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.seeds import seed_of
 
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 8
 KL_WEIGHT = 5e-4  # on the mean over latent elements; posterior noise of about a tenth
+LOOK_WEIGHT = 0.1
+ADVERSARIAL_WEIGHT = 0.02
+ADVERSARIAL_FROM = 0.5  # of the steps
+WRONG = 0.5  # the most noise that a latent is decoded with, in its channel's standard deviations
 
 
 def build() -> AutoencoderKL:
@@ -48,30 +58,79 @@ def renderings(
     return np.stack([world.render(i, rng) for i in chosen]), chosen
 
 
+class Adversary(nn.Module):
+    """What a frozen backbone makes of pictures, and trained heads that tell the real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = Discriminator(EfficientNetLite(0), image_size=64, width=64)
+        self.backbone, self.heads = whole.backbone, whole.heads
+
+    def see(self, images: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            maps: list[Tensor] = self.backbone(images)
+        return maps
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """(B, K) logits."""
+        return torch.cat([h(m.float()) for h, m in zip(self.heads, maps, strict=True)], dim=1)
+
+    def frozen(self, maps: list[Tensor]) -> Tensor:
+        """The same logits; no gradient reaches the heads."""
+        fixed = {name: p.detach() for name, p in self.named_parameters()}
+        logits: Tensor = functional_call(self, fixed, (maps,))
+        return logits
+
+
+def unlike(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Squared distance of feature maps, each place scaled to length 1 (after LPIPS)."""
+    pairs = zip(a, b, strict=True)
+    return torch.stack([(scaled(x) - scaled(y)).square().mean() for x, y in pairs]).sum()
+
+
+def scaled(x: Tensor) -> Tensor:
+    x = x.float()
+    return x / (x.square().mean(1, keepdim=True) + 1e-4).sqrt()
+
+
 def train(folder: Path, max_train_steps: int, batch: int = 32, seed: int = 0) -> AutoencoderKL:
     """Trains, folds in the normalisation, and writes the autoencoder to `folder / "vae"`."""
     torch.manual_seed(seed)
-    world, vae = World(), build()
+    world, vae, adversary = World(), build(), Adversary()
 
     def loss(step: int) -> Losses:
         images = pixels(renderings(world, "train", batch, seed, step)[0])
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        error = decoded.float() - images
-        return {
+            z = posterior.sample()
+            size = z.detach().std((0, 2, 3), keepdim=True) * WRONG * torch.rand(batch, 1, 1, 1)
+            decoded = vae.decode(z + size * torch.randn_like(z)).sample.float()
+        with torch.no_grad():
+            real = adversary.see(images)
+        seen = adversary.see(decoded)
+        error = decoded - images
+        terms = {
             "l1": error.abs().mean(),
             "mse": error.square().mean(),
             "kl": KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel(),
+            "look": LOOK_WEIGHT * unlike(seen[:-1], real[:-1]),
         }
+        if step >= ADVERSARIAL_FROM * max_train_steps:
+            terms["adversarial"] = ADVERSARIAL_WEIGHT * hinge_generator(adversary.frozen(seen))
+            detached = [m.detach() for m in seen]
+            terms["adversary"] = hinge_discriminator(adversary(real), adversary(detached))
+        return terms
 
     held_out = pixels(renderings(world, "test", 256, seed, "psnr")[0])
 
     def show(_: nn.Module, step: int) -> None:
         print(f"step {step}: {psnr(vae, held_out):.2f} dB on held-out pictures", flush=True)
 
-    plan = Fit(max_train_steps, 1e-3, folder, seed, ema_decay=0.998, weight_decay=0.0)
-    fit(vae, loss, plan, show, show_every=500)
+    plan = Fit(
+        max_train_steps, 5e-4, folder, seed, cooldown=1 - ADVERSARIAL_FROM, ema_decay=0.998,
+        weight_decay=0.0, muon_rate=4e-3,
+    )  # fmt: skip
+    fit(nn.ModuleDict({"vae": vae, "adversary": adversary}), loss, plan, show, show_every=500)
     normalise(vae, pixels(renderings(world, "train", 2048, seed, "normalise")[0]))
     vae.save_pretrained(folder / "vae")
     return vae

@@ -2,7 +2,7 @@
 
 One caption has many pictures and one picture many captions, so there is a distribution to distil:
 captions are drawn at five levels, from the bare style to the name with keywords, and every
-rendering draws its own place, mirror image, background and hue.
+rendering draws its own mirror image, background and hue.
 """
 
 import io
@@ -32,8 +32,6 @@ BACKGROUNDS = (  # soft colours: no emoji disappears in them
     (226, 217, 243), (186, 200, 211), (120, 144, 156), (66, 76, 94),
 )  # fmt: skip
 WHITE_SHARE = 0.4
-CELL = 8  # pixels a latent: a picture moves by whole cells, and its latents move with it
-ACROSS = 7 * CELL  # pixels of a picture in its frame
 HUE = 0.12  # of the colour circle, either way, for one rendering in four
 ONE_WAY = re.compile(  # pictures whose mirror image would be another thing, or wrong
     r"left|right|clock|calendar|moon|chart|music|abc|letter|input|keyboard|tear-off|dollar|pound|"
@@ -138,26 +136,24 @@ class World:
         return f"{e.style} emoji of {with_article(what)}"
 
     def render(self, index: Index, rng: np.random.Generator) -> np.ndarray:
-        """(3, SIZE, SIZE) uint8: the picture somewhere in the frame, on some background."""
+        """(3, SIZE, SIZE) uint8: the picture, mirrored or not, on some background."""
         picture = self.pictures[index]
         if self.emoji[index].mirrors and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.25:
             picture = shift_hue(picture, rng.uniform(-HUE, HUE))
-        x, y = (CELL * int(n) for n in rng.integers((SIZE - ACROSS) // CELL + 1, size=2))
         plain = rng.random() < WHITE_SHARE
-        return place(picture, WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))], x, y)
+        return paste(picture, WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
 
     def plain(self, index: Index) -> np.ndarray:
-        """(3, SIZE, SIZE) uint8: the picture as it was drawn, on white, in the first place."""
-        return place(self.pictures[index], WHITE, 0, 0)
+        """(3, SIZE, SIZE) uint8: the picture as it was drawn, on white."""
+        return paste(self.pictures[index], WHITE)
 
 
-def place(picture: Image.Image, background: tuple[int, int, int], x: int, y: int) -> np.ndarray:
-    """(3, SIZE, SIZE) uint8: the picture, ACROSS pixels wide, with its corner at (x, y)."""
+def paste(picture: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
+    """(3, SIZE, SIZE) uint8: an RGBA picture of that size on a colour."""
     canvas = Image.new("RGBA", (SIZE, SIZE), background)
-    small = picture.resize((ACROSS, ACROSS), Image.Resampling.BICUBIC)
-    canvas.alpha_composite(small, (x, y))
+    canvas.alpha_composite(picture)
     return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
 
 
