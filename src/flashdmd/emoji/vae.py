@@ -22,7 +22,7 @@ from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.seeds import seed_of
 
 LATENT_CHANNELS = 8
-KL_WEIGHT = 5e-4  # on the mean over latent elements; posterior noise of about a tenth
+KL_WEIGHT = 5e-4  # on the mean over latent elements; hardly a bound: WRONG is what blurs them
 LOOK_WEIGHT = 0.1
 ADVERSARIAL_WEIGHT = 0.02
 ADVERSARIAL_FROM = 0.5  # of the steps
