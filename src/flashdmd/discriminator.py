@@ -57,7 +57,10 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(Head(f.shape[1], f.shape[-1], width) for f in levels)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
-        levels: Sequence[Tensor] = self.backbone(images)
+        return self.logits(self.backbone(images))
+
+    def logits(self, levels: Sequence[Tensor]) -> Float[Tensor, "B K"]:
+        """What the heads make of the backbone's maps."""
         return torch.cat([h(f) for h, f in zip(self.heads, levels, strict=True)], dim=1).float()
 
     def train(self, mode: bool = True) -> "Discriminator":

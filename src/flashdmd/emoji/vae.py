@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from flashdmd.discriminator import Discriminator
 from flashdmd.emoji.fit import Fit, Losses, fit
-from flashdmd.emoji.world import Split, World
+from flashdmd.emoji.world import SIZE, Split, World
 from flashdmd.losses import hinge_discriminator, hinge_generator
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.seeds import seed_of
@@ -58,28 +57,21 @@ def renderings(
     return np.stack([world.render(i, rng) for i in chosen]), chosen
 
 
-class Adversary(nn.Module):
-    """What a frozen backbone makes of pictures, and trained heads that tell the real ones."""
+def seen(adversary: Discriminator, images: Tensor) -> list[Tensor]:
+    """The backbone's maps."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return [m.float() for m in adversary.backbone(images)]
 
-    def __init__(self) -> None:
-        super().__init__()
-        whole = Discriminator(EfficientNetLite(0), image_size=64, width=64)
-        self.backbone, self.heads = whole.backbone, whole.heads
 
-    def see(self, images: Tensor) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            maps: list[Tensor] = self.backbone(images)
-        return maps
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """(B, K) logits."""
-        return torch.cat([h(m.float()) for h, m in zip(self.heads, maps, strict=True)], dim=1)
-
-    def frozen(self, maps: list[Tensor]) -> Tensor:
-        """The same logits; no gradient reaches the heads."""
-        fixed = {name: p.detach() for name, p in self.named_parameters()}
-        logits: Tensor = functional_call(self, fixed, (maps,))
-        return logits
+def adversarial(adversary: Discriminator, real: list[Tensor], fake: list[Tensor]) -> Losses:
+    """Both sides' terms: the decoder's reaches no head, the heads' reaches no picture."""
+    adversary.requires_grad_(False)
+    decoder = ADVERSARIAL_WEIGHT * hinge_generator(adversary.logits(fake))
+    adversary.requires_grad_(True)
+    heads = hinge_discriminator(
+        adversary.logits(real), adversary.logits([m.detach() for m in fake])
+    )
+    return {"adversarial": decoder, "adversary": heads}
 
 
 def unlike(a: list[Tensor], b: list[Tensor]) -> Tensor:
@@ -89,14 +81,14 @@ def unlike(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def scaled(x: Tensor) -> Tensor:
-    x = x.float()
     return x / (x.square().mean(1, keepdim=True) + 1e-4).sqrt()
 
 
 def train(folder: Path, max_train_steps: int, batch: int = 32, seed: int = 0) -> AutoencoderKL:
     """Trains, folds in the normalisation, and writes the autoencoder to `folder / "vae"`."""
     torch.manual_seed(seed)
-    world, vae, adversary = World(), build(), Adversary()
+    world, vae = World(), build()
+    adversary = Discriminator(EfficientNetLite(0), image_size=SIZE, width=64)
 
     def loss(step: int) -> Losses:
         images = pixels(renderings(world, "train", batch, seed, step)[0])
@@ -106,19 +98,17 @@ def train(folder: Path, max_train_steps: int, batch: int = 32, seed: int = 0) ->
             size = z.detach().std((0, 2, 3), keepdim=True) * WRONG * torch.rand(batch, 1, 1, 1)
             decoded = vae.decode(z + size * torch.randn_like(z)).sample.float()
         with torch.no_grad():
-            real = adversary.see(images)
-        seen = adversary.see(decoded)
+            real = seen(adversary, images)
+        fake = seen(adversary, decoded)
         error = decoded - images
         terms = {
             "l1": error.abs().mean(),
             "mse": error.square().mean(),
             "kl": KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel(),
-            "look": LOOK_WEIGHT * unlike(seen[:-1], real[:-1]),
+            "look": LOOK_WEIGHT * unlike(fake[:-1], real[:-1]),
         }
         if step >= ADVERSARIAL_FROM * max_train_steps:
-            terms["adversarial"] = ADVERSARIAL_WEIGHT * hinge_generator(adversary.frozen(seen))
-            detached = [m.detach() for m in seen]
-            terms["adversary"] = hinge_discriminator(adversary(real), adversary(detached))
+            terms |= adversarial(adversary, real, fake)
         return terms
 
     held_out = pixels(renderings(world, "test", 256, seed, "psnr")[0])
