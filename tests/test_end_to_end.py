@@ -17,7 +17,7 @@ from flashdmd import compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.session import open_session
+from flashdmd.session import load_teacher, open_session, stoppable
 
 
 @pytest.fixture(scope="module", params=["score", "flow"])
@@ -63,6 +63,7 @@ def quiet(stage: str, done: int, of: int, record: dict[str, float]) -> None:
 
 
 NETWORKS = {"unet", "transformer"}
+OTHER_REWARD = "model.reward_model_name_or_path=emoji-reward"  # of other latents than the tiny ones
 
 
 def weights(output: Path, name: str = "student") -> dict[str, torch.Tensor]:
@@ -175,11 +176,64 @@ def test_another_recipe_in_the_same_folder_is_refused(
         run.train(recipe(folders, finished, family, "method.beta=7"), progress=quiet)
 
 
-def test_stage_1_cannot_be_made_longer_once_it_is_over(
-    finished: Path, folders: dict[str, Path], family: str
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.max_train_steps=3", "max_train_steps=3, but .* stage 2, after 2 generator"),
+        ("train.joint_train_steps=0", "joint_train_steps=0, but .* in stage 2"),
+        ("train.learning_rate=1e-3", "is finished, so train.learning_rate would change nothing"),
+    ],
+)
+def test_what_is_over_cannot_be_changed(
+    finished: Path, folders: dict[str, Path], family: str, change: str, said: str
 ) -> None:
-    with pytest.raises(UserError, match=r"max_train_steps=3, but .* stage 2, after 2 generator"):
-        run.train(recipe(folders, finished, family, "train.max_train_steps=3"), progress=quiet)
+    before = (finished / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match=said):
+        run.train(recipe(folders, finished, family, change), progress=quiet)
+    assert (finished / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "updates", "before", "said"),
+    [
+        ("distill", {"generator": 3}, {}, "max_train_steps=2, but .* has made 3 updates"),
+        ("joint", {"generator": 2}, {"generator": 2}, "joint_train_steps=1, .* has made 2"),
+        ("rl", {"preference": 2}, {"generator": 2}, "joint_train_steps=1, .* has made 2"),
+    ],
+)
+def test_fewer_updates_than_were_made_are_refused(
+    folders: dict[str, Path],
+    family: str,
+    stage: str,
+    updates: dict[str, int],
+    before: dict[str, int],
+    said: str,
+) -> None:
+    state = {"stage": stage, "updates": updates, "before": before}
+    with pytest.raises(UserError, match=said):
+        run.check_progress(recipe(folders, folders["here"], family), state, set())
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    import os
+    import signal
+
+    with stoppable() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_how_many_are_drawn_at_once_changes_no_picture(
+    folders: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = run.Arm(load_teacher(str(folders["teacher"])), 2, 3.0)
+    together = arm.draw(["a cat", "a dog", "a tree"], 5)
+    monkeypatch.setattr(run, "DRAWN_AT_ONCE", 2)
+    apart = arm.draw(["a cat", "a dog", "a tree"], 5)
+    assert np.abs(together.astype(int) - apart).max() <= 1
 
 
 def test_a_finished_run_is_left_as_it_is(
@@ -193,23 +247,24 @@ def test_a_finished_run_is_left_as_it_is(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("changes", "said"),
     [
-        ("method.student_timesteps=[900, 700, 500, 250]", "cannot be written as a stock"),
-        ("method.student_timesteps=[1001, 750, 500, 250]", "student_timesteps"),
-        ("model.reward_model_name_or_path=emoji-reward", "8 channels .* teacher's have 4"),
+        (["method.student_timesteps=[900, 700, 500, 250]"], "cannot be written as a stock"),
+        (["method.student_timesteps=[1001, 750, 500, 250]"], "student_timesteps"),
+        ([OTHER_REWARD], "8 channels .* teacher's have 4"),
+        ([OTHER_REWARD, "train.joint_train_steps=0"], "8 channels .* teacher's have 4"),
     ],
 )
 def test_what_would_fail_at_the_end_is_said_at_the_start(
-    folders: dict[str, Path], family: str, tmp_path: Path, change: str, said: str
+    folders: dict[str, Path], family: str, tmp_path: Path, changes: list[str], said: str
 ) -> None:
     steps = ["matching", "adversarial", "preference"]
-    if "student_timesteps" in change:
+    if "student_timesteps" in changes[0]:
         more = [f"method.{k}_timesteps=[{v}]" for k, v in zip(steps, (500, 250, 500), strict=True)]
     else:
         more = []
     with pytest.raises(UserError, match=said):
-        run.train(recipe(folders, tmp_path / "run", family, *more, change), progress=quiet)
+        run.train(recipe(folders, tmp_path / "run", family, *more, *changes), progress=quiet)
     assert not (tmp_path / "run").exists()
 
 

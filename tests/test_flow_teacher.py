@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel
 
+from flashdmd.emoji import flow
 from flashdmd.emoji.flow import with_a_last_layer
 from flashdmd.emoji.teacher import text_config, tokens, train_tokenizer
-from flashdmd.emoji.world import World
+from flashdmd.emoji.world import ASSETS, World
 
 
 def test_the_flow_teacher_reads_the_words_that_were_taught(tmp_path: Path) -> None:
@@ -25,3 +28,28 @@ def test_the_flow_teacher_reads_the_words_that_were_taught(tmp_path: Path) -> No
     learning = [name for name, p in deeper.named_parameters() if p.requires_grad]
     assert learning
     assert all("layers.2." in name or name.startswith("text_projection") for name in learning)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_flow_teacher_starts_from_words_and_can_be_trained_on(tmp_path: Path) -> None:
+    flow.train_flow(tmp_path / "first", ASSETS / "score", 1, batch=2)
+    first = DiffusionPipeline.from_pretrained(tmp_path / "first/pipeline")
+    flow.train_flow(tmp_path / "on", tmp_path / "first/pipeline", 1, batch=2, seed=1)
+    on = DiffusionPipeline.from_pretrained(tmp_path / "on/pipeline")
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        before, after = (getattr(p, part).state_dict() for p in (first, on))
+        moved = {k for k in before if not torch.equal(before[k], after[k])}
+        assert moved, part
+        if part == "text_encoder":
+            assert all("layers.4." in k or k.startswith("text_projection") for k in moved)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.vae.parameters(), on.vae.parameters(), strict=True)
+    )
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rendering of a few pictures, and no sheets."""
+    monkeypatch.setattr(flow, "RENDERINGS", 1)
+    monkeypatch.setattr(World, "indices", lambda self, split: list(range(8)))
+    monkeypatch.setattr(flow, "contact_sheet", lambda *_, **__: None)

@@ -61,3 +61,13 @@ def test_training_goes_on_and_leaves_a_stock_autoencoder(tmp_path) -> None:
     model = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode().shape == (1, 8, 8, 8)
     assert (model.config.scaling_factor, model.config.shift_factor) == (1, 0)
+
+
+def test_an_autoencoder_can_be_trained_on(tmp_path) -> None:
+    vae.train(tmp_path / "first", 1, batch=2)
+    start = AutoencoderKL.from_pretrained(tmp_path / "first/vae")
+    vae.train(tmp_path / "on", 1, batch=2, start=tmp_path / "first/vae", seed=1)
+    on = AutoencoderKL.from_pretrained(tmp_path / "on/vae")
+    kernel = "decoder.conv_in.weight"  # one that the normalisation leaves alone
+    moved = (on.state_dict()[kernel] - start.state_dict()[kernel]).abs().max()
+    assert 0 < moved < 0.02

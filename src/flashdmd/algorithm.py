@@ -92,9 +92,10 @@ class Method:
                 f"{self.preferences_per_distillation} 0 or more, candidates={self.candidates} "
                 "2 or more"
             )
-        if self.teacher_guidance_scale < 0:
+        if self.teacher_guidance_scale < 1:  # 0 would be the teacher that reads no prompt
             raise ValueError(
-                f"teacher_guidance_scale={self.teacher_guidance_scale} must be 0 or more"
+                f"teacher_guidance_scale={self.teacher_guidance_scale} must be 1 (no guidance) or "
+                "more"
             )
         if not 0 <= self.score_coupling <= 1:
             raise ValueError(f"score_coupling={self.score_coupling} must lie in 0..1")

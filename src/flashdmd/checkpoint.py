@@ -81,10 +81,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def stage_of(folder: Path) -> str:
-    """The stage a checkpoint was written in. Raises UserError when it cannot be read."""
+def state_of(folder: Path) -> dict[str, Any]:
+    """Where a run stood: its stage and counts. Raises UserError when it cannot be read."""
     try:
-        return str(dict(json.loads((folder / "state.json").read_text()))["stage"])
+        state: dict[str, Any] = dict(json.loads((folder / "state.json").read_text()))
+        return {name: state[name] for name in ("stage", "updates", "before")}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"the checkpoint {folder} cannot be read ({e}); remove it to go on from an earlier one"

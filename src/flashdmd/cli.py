@@ -87,7 +87,9 @@ def train(
 def sample(
     model: Annotated[str, typer.Argument(help="A student or teacher folder, or emoji-score.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
-    steps: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="A teacher's, 50 if not given; a student has its own.")
+    ] = None,
     seed: Seed = 0,
     guidance: Annotated[float | None, typer.Option(help="Teachers only; 3 if not given.")] = None,
     output: Annotated[Path, typer.Option()] = Path("sample.png"),
@@ -102,12 +104,16 @@ def sample(
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...")],
     output: Annotated[Path, typer.Option()] = Path("metrics.json"),
-    num_prompts: Annotated[int, typer.Option(min=8)] = 276,
+    num_prompts: Annotated[int, typer.Option(min=8, max=276)] = 276,
+    reward: Annotated[str, typer.Option(help="A reward's folder, emoji-reward, or none.")] = (
+        "emoji-reward"
+    ),
 ) -> None:
     """Measure models side by side: same prompts, same noise, same judge."""
     from flashdmd import run
 
-    typer.echo(f"Wrote {run.evaluate(models, output, num_prompts)}")
+    named = None if reward == "none" else reward
+    typer.echo(f"Wrote {run.evaluate(models, output, num_prompts, named)}")
 
 
 @app.command()
@@ -156,10 +162,10 @@ def config_schema() -> None:
     typer.echo(json.dumps(config.schema(), indent=2))
 
 
-def check_start(folder: Path | None) -> None:
-    """Raises UserError for a folder of networks that is none."""
-    if folder is not None and not any((folder / n).is_file() for n in NETWORKS):
-        raise UserError(f"--start {folder}: give a folder with {' or '.join(NETWORKS)}")
+def check_start(folder: Path | None, holds: tuple[str, ...] = NETWORKS) -> None:
+    """Raises UserError for a folder that does not hold one of these files."""
+    if folder is not None and not any((folder / n).is_file() for n in holds):
+        raise UserError(f"--start {folder}: give a folder with {' or '.join(holds)}")
 
 
 @emoji.command("data")
@@ -176,13 +182,15 @@ def emoji_data(
 @emoji.command("vae")
 def emoji_vae(
     output: Annotated[Path, typer.Option()] = Path("runs/emoji/vae"),
+    start: Annotated[Path | None, typer.Option(help="An autoencoder to train on.")] = None,
     max_train_steps: Steps = 2600,
     seed: Seed = 0,
 ) -> None:
     """Train the autoencoder."""
     from flashdmd.emoji import vae
 
-    vae.train(output, max_train_steps, seed=seed)
+    check_start(start)
+    vae.train(output, max_train_steps, seed=seed, start=start)
     typer.echo(f"Wrote {output / 'vae'}")
 
 
@@ -191,7 +199,11 @@ def emoji_teacher(
     family: Annotated[str, typer.Option(help="score or flow")] = "score",
     output: Annotated[Path | None, typer.Option()] = None,
     start: Annotated[
-        Path | None, typer.Option(help="Autoencoder folder (score) or score pipeline (flow).")
+        Path | None,
+        typer.Option(
+            help="score: an autoencoder, or a pipeline to train on; flow: a score-based pipeline, "
+            "whose words and autoencoder are taken over, or a flow one to train on"
+        ),
     ] = None,
     max_train_steps: Steps = 7000,
     seed: Seed = 0,
@@ -199,7 +211,7 @@ def emoji_teacher(
     """Train a teacher; goes on where it was stopped."""
     from flashdmd.emoji.world import ASSETS
 
-    check_start(start)
+    check_start(start, NETWORKS if family == "score" else NETWORKS[:1])
     output = output or Path("runs/emoji") / family
     if family == "score":
         from flashdmd.emoji import teacher
@@ -249,7 +261,7 @@ def env() -> None:
     import platform
 
     typer.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("flashdmd", "torch", "diffusers", "transformers", "peft", "numpy"):
+    for name in ("flashdmd", "torch", "diffusers", "transformers", "safetensors", "numpy"):
         typer.echo(f"{name} {version(name)}")
 
 

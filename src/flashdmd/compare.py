@@ -85,6 +85,10 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
     if "rl" in arms and "flash-dmd" not in arms:
         raise UserError("the arm 'rl' starts from the students of 'flash-dmd': name both")
     stage_2 = recipe.train.joint_train_steps * recipe.method.preferences_per_distillation
+    if not recipe.train.max_train_steps:
+        raise UserError(
+            "train.max_train_steps=0: a comparison starts with stage 1; name the generator updates"
+        )
     if "rl" in arms and not stage_2:
         raise UserError(
             "the arm 'rl' makes as many preference updates as stage 2, which makes none: "
@@ -106,7 +110,8 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
         judge.load(ASSETS / "judge"),
     )
     reward_name = recipe.model.reward_model_name_or_path
-    score = run.scorer(load_reward(reward_name, teacher), teacher) if reward_name else None
+    reward = load_reward(reward_name, teacher) if reward_name else None
+    score = run.scorer(reward, teacher) if reward else None
     guidance = recipe.method.teacher_guidance_scale
     drawers = {
         (f"teacher, {n} steps", None): (run.Arm(teacher, n, guidance), "")
@@ -122,7 +127,8 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
     for (name, seed), (drawer, folder) in tqdm(drawers.items(), desc="measure", unit="arm"):
         row = bench.measure(name, drawer.nfe, drawer.draw, score)
         rows.append(row | {"seed": seed, **(cost(Path(folder), name) if folder else {})})
-    write_json(output / "comparison.json", {"fingerprint": bench.fingerprint(), "rows": rows})
+    fingerprint = bench.fingerprint(reward.network if reward else None)
+    write_json(output / "comparison.json", {"fingerprint": fingerprint, "rows": rows})
     write_text(output / "comparison.md", table(rows))
     return output / "comparison.md"
 

@@ -99,7 +99,7 @@ class Train(Section):
 
 class Validation(Section):
     prompts: tuple[str, ...] = ()  # shown in the report; none: prompts of the embedded world
-    num_prompts: Annotated[int, Field(ge=8)] = 276  # measured, one picture each
+    num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # held-out pairs, one picture each
     teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50
     seed: Seed = 1234  # of the starting noise, the same for every arm
 

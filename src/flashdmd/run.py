@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,22 +38,24 @@ from flashdmd.session import (
 )
 from flashdmd.trainer import Trainer
 
-GUIDANCE = 3.0  # of a teacher, where nothing says otherwise
-DRAWN_AT_ONCE = 64
+GUIDANCE, TEACHER_STEPS = 3.0, 50  # of a teacher, where nothing says otherwise
+DRAWN_AT_ONCE = 64  # pictures of 64 pixels; of larger ones as many fewer
 PICTURES = (".png", ".webp")
 REAL = "real pictures"
 COMPARED = 8  # prompts of comparison.png
 
-MAY_CHANGE = {  # keys that a resumed run may have otherwise than the run it goes on from
-    "train.max_train_steps",
-    "train.joint_train_steps",
-    "train.checkpointing_steps",
-    "train.checkpoints_total_limit",
-    "train.learning_rate",  # a run that left the finite is gone on with at lower ones
+RATES = {  # a run that left the finite is gone on with at lower ones
+    "train.learning_rate",
     "train.fake_score_learning_rate",
     "train.discriminator_learning_rate",
     "train.preference_learning_rate",
     "train.max_grad_norm",
+}
+MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the run it goes on from
+    "train.max_train_steps",
+    "train.joint_train_steps",
+    "train.checkpointing_steps",
+    "train.checkpoints_total_limit",
     *(f"validation.{name}" for name in config.Validation.model_fields),
 }
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
@@ -68,14 +71,14 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     A run that was stopped goes on from its newest checkpoint unless `resume` is False.
     """
     output = Path(recipe.output_dir)
-    if resume:
-        check_same(recipe)
+    point = checkpoint.latest(output) if resume else None
+    changed = check_same(recipe) if resume else set()
+    if point:
+        check_progress(recipe, checkpoint.state_of(point), changed)
     session = open_session(recipe)
     prepare(recipe, resume)
     show = progress or bar()
-    point = checkpoint.latest(output) if resume else None
-    stage = checkpoint.stage_of(point) if point else "distill"
-    if stage == "distill":
+    if point is None or checkpoint.state_of(point)["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
             trainer.restore(point)
@@ -84,11 +87,6 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         write_student(session, trainer, "student-stage1")
         point = None
     else:
-        if not recipe.train.joint_train_steps:
-            raise UserError(
-                f"train.joint_train_steps=0, but the run in {output} is in stage 2; give a number "
-                "of updates, or another output_dir"
-            )
         checkpoint.load_network(
             session.generator.network, output / "student-stage1", session.teacher.family.network
         )
@@ -96,7 +94,6 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         trainer = session.trainer(recipe.train.stage2)
         if point:
             trainer.restore(point)
-            check_border(recipe, trainer.state.before.get("generator", 0))
         run_stage(session, trainer, recipe.train.joint_train_steps, show)
     write_student(session, trainer, "student")
     if (stopwatch := session.stopwatch).iterations:
@@ -107,29 +104,61 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     return output
 
 
-def check_border(recipe: Recipe, updates: int) -> None:
-    """Raises UserError when stage 1, which is over, was shorter or longer than the recipe says."""
-    if updates != recipe.train.max_train_steps:
+def check_progress(recipe: Recipe, state: dict[str, Any], changed: set[str]) -> None:
+    """Raises UserError when what was done already is more, or other, than the recipe asks for.
+
+    `changed` are the keys that the recipe has otherwise than the run did.
+    """
+    train, folder, in_stage_1 = recipe.train, recipe.output_dir, state["stage"] == "distill"
+    first = state["updates" if in_stage_1 else "before"].get("generator", 0)
+    second = state["updates"].get("preference" if state["stage"] == "rl" else "generator", 0)
+    if in_stage_1:
+        second = 0
+    elif not train.joint_train_steps:
         raise UserError(
-            f"train.max_train_steps={recipe.train.max_train_steps}, but the run in "
-            f"{recipe.output_dir} is in stage 2, after {updates} generator updates of stage 1; "
-            "name that number, or give another output_dir"
+            f"train.joint_train_steps=0, but the run in {folder} is in stage 2; give a number of "
+            "updates, or another output_dir"
+        )
+    elif first != train.max_train_steps:
+        raise UserError(
+            f"train.max_train_steps={train.max_train_steps}, but the run in {folder} is in stage "
+            f"2, after {first} generator updates of stage 1; name that number, or give another "
+            "output_dir"
+        )
+    for name, asked, done in (
+        ("max_train_steps", train.max_train_steps, first),
+        ("joint_train_steps", train.joint_train_steps, second),
+    ):
+        if done > asked:
+            raise UserError(
+                f"train.{name}={asked}, but the run in {folder} has made {done} updates; name that "
+                "number or a larger one, or give another output_dir"
+            )
+    over = first == train.max_train_steps and second == train.joint_train_steps
+    if over and (late := sorted(changed & RATES)):
+        raise UserError(
+            f"the run in {folder} is finished, so {', '.join(late)} would change nothing; give "
+            "another output_dir, or ask for more updates"
         )
 
 
-def check_same(recipe: Recipe) -> None:
-    """Raises UserError when the run folder holds a run of another recipe."""
+def check_same(recipe: Recipe) -> set[str]:
+    """The keys that the run in the folder had otherwise, all of which may change.
+
+    Raises UserError when it is a run of another recipe.
+    """
     known = Path(recipe.output_dir) / "recipe.yaml"
     if not known.exists():
-        return
+        return set()
     before, now = flat(config.load(known, [])), flat(recipe)
     changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
     if refused := sorted(changed - MAY_CHANGE - {"output_dir"}):
         lines = [f"  {k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in refused]
         raise UserError(
             f"{recipe.output_dir} holds a run of another recipe:\n" + "\n".join(lines) + "\n"
-            "give another output_dir, or --no-resume to start over in this one"
+            "give another output_dir, or start over in this one: --no-resume of `flashdmd train`"
         )
+    return changed
 
 
 def prepare(recipe: Recipe, resume: bool) -> None:
@@ -231,7 +260,8 @@ def measure(recipe: Recipe) -> Path:
     protocol = Protocol(num_prompts=recipe.validation.num_prompts, seed=recipe.validation.seed)
     bench = Bench(protocol, judge.load(ASSETS / "judge"))
     name = recipe.model.reward_model_name_or_path
-    score = scorer(load_reward(name, teacher), teacher) if name else None
+    reward = load_reward(name, teacher) if name else None
+    score = scorer(reward, teacher) if reward else None
     prompts = list(recipe.validation.prompts or SHOWN)
     rows, shown = [], {}
     for arm, one in tqdm(arms.items(), desc="measure", unit="arm"):
@@ -243,7 +273,8 @@ def measure(recipe: Recipe) -> Path:
     comparison(first, prompts[:COMPARED]).save(output / "samples/comparison.png")
     notes = {"prompts": prompts, "arms": list(arms), "columns": len(prompts)}
     write_json(output / "samples" / "samples.json", notes)
-    write_json(output / "metrics.json", {"fingerprint": bench.fingerprint(), "rows": rows})
+    fingerprint = bench.fingerprint(reward.network if reward else None)
+    write_json(output / "metrics.json", {"fingerprint": fingerprint, "rows": rows})
     return output / "metrics.json"
 
 
@@ -263,8 +294,9 @@ class Arm:
     def draw(self, prompts: list[str], seed: int) -> np.ndarray:
         """(N, 3, H, W) uint8; noise i is the same for every arm, and so are later draws."""
         images = []
-        for start in range(0, len(prompts), DRAWN_AT_ONCE):
-            some = prompts[start : start + DRAWN_AT_ONCE]
+        at_once = max(1, DRAWN_AT_ONCE * 64**2 // self.teacher.image_size**2)
+        for start in range(0, len(prompts), at_once):
+            some = prompts[start : start + at_once]
             torch.manual_seed(seed_of("draw", seed, start))
             noise = self.teacher.noise(len(some), seed + start)
             images.append(self.teacher.sample(some, noise, self.steps, self.guidance))
@@ -282,17 +314,18 @@ def scorer(reward: EmojiReward, teacher: Teacher) -> Score:
     return score
 
 
-def evaluate(models: list[str], output: Path, num_prompts: int = 276) -> Path:
+def evaluate(
+    models: list[str], output: Path, num_prompts: int = 276, reward: str | None = "emoji-reward"
+) -> Path:
     """Any models in one table: teachers at 50 and at 4 guided steps, students as trained.
 
-    The first row is of real pictures.
+    The first row is of real pictures. Without a `reward` its column is empty.
     """
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file to write")
     teachers = {model: load_teacher(model) for model in models}  # what is missing is missed now
     steps_of = {model: export.trained_steps(Path(model)) for model in models}
-    scores = {
-        model: scorer(load_reward("emoji-reward", teacher), teacher)
-        for model, teacher in teachers.items()
-    }
+    rewards = {m: load_reward(reward, teacher) for m, teacher in teachers.items() if reward}
     output.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(Protocol(num_prompts=num_prompts), judge.load(ASSETS / "judge"))
     rows = [bench.measure(REAL, 0, bench.draw_real, None)]
@@ -301,26 +334,34 @@ def evaluate(models: list[str], output: Path, num_prompts: int = 276) -> Path:
         ways = (
             {f"{model}": (len(trained), 0.0)}
             if trained
-            else {f"{model}-50": (50, GUIDANCE), f"{model}-4": (4, GUIDANCE)}
+            else {f"{model}-{n}": (n, GUIDANCE) for n in (TEACHER_STEPS, 4)}
         )
         for arm, (steps, guidance) in ways.items():
             one = Arm(teacher, steps, guidance)
-            rows.append(bench.measure(arm, one.nfe, one.draw, scores[model]))
-    write_json(output, {"fingerprint": bench.fingerprint(), "rows": rows})
+            score = scorer(rewards[model], teacher) if reward else None
+            rows.append(bench.measure(arm, one.nfe, one.draw, score))
+    fingerprint = bench.fingerprint(rewards[models[0]].network if reward else None)
+    write_json(output, {"fingerprint": fingerprint, "rows": rows})
     return output
 
 
 def sample(
-    model: str, prompts: list[str], steps: int, seed: int, guidance: float | None, output: Path
+    model: str,
+    prompts: list[str],
+    steps: int | None,
+    seed: int,
+    guidance: float | None,
+    output: Path,
 ) -> Path:
     """A sheet of one picture a prompt, written to `output` as PNG.
 
-    Students are sampled without guidance at the steps they were trained for; `guidance` is for
-    teachers, 3 unless given.
+    Students are sampled without guidance at the steps they were trained for; `guidance` and
+    `steps` are for teachers, 3 and 50 unless given.
     """
     check_output(output)
     teacher = load_teacher(model)
     trained = export.trained_steps(Path(model))
+    steps = steps or (len(trained) if trained else TEACHER_STEPS)
     if trained is None and steps > STEPS:
         raise UserError(f"--steps {steps}: a teacher has {STEPS}")
     if guidance is None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
@@ -121,13 +123,8 @@ class Session:
         )
 
 
-def load_reward(name: str | None, teacher: Teacher) -> EmojiReward:
+def load_reward(name: str, teacher: Teacher) -> EmojiReward:
     """A latent reward model for latents of `teacher`, by folder or as emoji-reward."""
-    if name is None:
-        raise UserError(
-            "stage 2 needs model.reward_model_name_or_path (emoji-reward, or a folder written by "
-            "`flashdmd emoji reward`); for stage 1 alone set train.joint_train_steps=0"
-        )
     folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
     return emoji_reward.load(folder, teacher.process, teacher.latent_shape[0])
 
@@ -169,7 +166,8 @@ def open_session(recipe: Recipe) -> Session:
             network, optimizer, rate, train.lr_warmup_steps, train.max_grad_norm
         )
     judged_by = recipe.model.reward_model_name_or_path
-    reward = load_reward(judged_by, teacher) if recipe.train.joint_train_steps else None
+    scored = load_reward(judged_by, teacher) if judged_by else None  # it measures stage 1 as well
+    reward = scored if recipe.train.joint_train_steps else None
     networks = generator, score, discriminator, learners
     session = Session(recipe, teacher, *networks, source=source, reward=reward, prompts=prompts)
     for module, part in (
@@ -226,12 +224,19 @@ def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM ask for a stop between iterations; the yielded call tells."""
+    """Inside, Ctrl-C and SIGTERM ask for a stop between iterations; the yielded call tells.
+
+    Asked a second time, it stops at once.
+    """
     asked: list[int] = []
-    old = {
-        s: signal.signal(s, lambda number, _: asked.append(number))
-        for s in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def ask(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        tqdm.write("stopping after this iteration, then saving; again stops now", file=sys.stderr)
+
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
     finally:
@@ -266,12 +271,18 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
             if asked_to_stop() or (due and trainer.at_boundary):
                 save(session, trainer)
             if asked_to_stop():
-                raise Interrupted(
-                    f"stopped after {trainer.generator_updates} generator updates of stage "
-                    f"{trainer.stage}; saved in {output}. The same command goes on from there."
-                )
-    if trainer.state.iteration > first:
-        save(session, trainer)
+                raise stopped(trainer, output)
+        if trainer.state.iteration > first:
+            save(session, trainer)
+        if asked_to_stop():
+            raise stopped(trainer, output)
+
+
+def stopped(trainer: Trainer, output: Path) -> Interrupted:
+    return Interrupted(
+        f"stopped after {trainer.generator_updates} generator updates of stage {trainer.stage}; "
+        f"saved in {output}. The same command goes on from there."
+    )
 
 
 def save(session: Session, trainer: Trainer) -> None:

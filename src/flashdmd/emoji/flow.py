@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
 )
 from torch import Tensor, nn
 from transformers import (
@@ -92,12 +92,18 @@ def with_a_last_layer(
     last = deeper.text_model.encoder.layers[layers]
     own = {f"encoder.layers.{layers}.{name}": p for name, p in last.state_dict().items()}
     deeper.text_model.load_state_dict(encoder.state_dict() | own)
-    deeper.text_model.requires_grad_(False)
     for linear in (last.self_attn.out_proj, last.mlp.fc2):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-    last.requires_grad_(True)
-    return deeper
+    return learns_last(deeper)
+
+
+def learns_last(encoder: CLIPTextModelWithProjection) -> CLIPTextModelWithProjection:
+    """`encoder`, frozen but for its last layer and its projection."""
+    encoder.requires_grad_(False)
+    encoder.text_model.encoder.layers[-1].requires_grad_(True)
+    encoder.text_projection.requires_grad_(True)
+    return encoder
 
 
 class Trained(nn.Module):
@@ -117,7 +123,7 @@ class Trained(nn.Module):
 
 def train_flow(
     folder: Path,
-    score_folder: Path,
+    start: Path,
     max_train_steps: int,
     batch: int = 128,
     learning_rate: float = 5e-4,
@@ -126,16 +132,21 @@ def train_flow(
 ) -> StableDiffusion3Pipeline:
     """Trains the flow-matching teacher and writes it to `folder / "pipeline"`.
 
-    Autoencoder, tokenizer and the first text encoder come from the pipeline in `score_folder`.
+    Autoencoder, tokenizer and the first text encoder come from the score-based pipeline in `start`;
+    or that is a flow-matching one of this kind, which is trained on.
     """
     torch.manual_seed(seed)
     world = World()
-    score = StableDiffusionPipeline.from_pretrained(score_folder, torch_dtype=torch.float32)
-    tokenizer = score.tokenizer
-    first = with_a_last_layer(score.text_encoder, tokenizer)
-    second = CLIPTextModelWithProjection(text_config(tokenizer, SECOND_WIDTH, layers=3))
-    networks = Trained(first, second, build_transformer())
-    vae = score.vae.eval()
+    earlier = DiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+    tokenizer, vae = earlier.tokenizer, earlier.vae.eval()
+    if isinstance(earlier, StableDiffusion3Pipeline):
+        first, second = learns_last(earlier.text_encoder), earlier.text_encoder_2
+        transformer = earlier.transformer
+    else:
+        first = with_a_last_layer(earlier.text_encoder, tokenizer)
+        second = CLIPTextModelWithProjection(text_config(tokenizer, SECOND_WIDTH, layers=3))
+        transformer = build_transformer()
+    networks = Trained(first, second, transformer).train()
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches, process = Batches(world, latents, batch, seed), Process(RectifiedFlow(), "flow")
 

@@ -184,8 +184,9 @@ def load(folder: Path, process: Process, channels: int) -> EmojiReward:
     if channels != pipeline.unet.config.in_channels:
         raise UserError(
             f"the reward model in {folder} scores latents of {pipeline.unet.config.in_channels} "
-            f"channels and this teacher's have {channels}; name a reward trained on its latents as "
-            "model.reward_model_name_or_path, or null and train.joint_train_steps=0"
+            f"channels and this teacher's have {channels}; name a reward trained on its latents, "
+            "or none: model.reward_model_name_or_path=null with train.joint_train_steps=0, or "
+            "--reward none of `flashdmd evaluate`"
         )
     network.eval().requires_grad_(False)
     return EmojiReward(network, Words(pipeline), process)

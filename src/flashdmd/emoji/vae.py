@@ -84,10 +84,15 @@ def scaled(x: Tensor) -> Tensor:
     return x / (x.square().mean(1, keepdim=True) + 1e-4).sqrt()
 
 
-def train(folder: Path, max_train_steps: int, batch: int = 32, seed: int = 0) -> AutoencoderKL:
-    """Trains, folds in the normalisation, and writes the autoencoder to `folder / "vae"`."""
+def train(
+    folder: Path, max_train_steps: int, batch: int = 32, seed: int = 0, start: Path | None = None
+) -> AutoencoderKL:
+    """Trains, folds in the normalisation, and writes the autoencoder to `folder / "vae"`.
+
+    `start` is an autoencoder of this kind to train on; its latents keep their meaning, roughly.
+    """
     torch.manual_seed(seed)
-    world, vae = World(), build()
+    world, vae = World(), AutoencoderKL.from_pretrained(start).train() if start else build()
     adversary = Discriminator(EfficientNetLite(0), image_size=SIZE, width=64)
 
     def loss(step: int) -> Losses:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdmd.emoji.judge import Judge, retrieval
 from flashdmd.emoji.world import STYLES, World
@@ -19,7 +19,7 @@ from flashdmd.evaluate.diversity import pairwise
 from flashdmd.evaluate.kid import interval, kid
 from flashdmd.seeds import seed_of
 
-VERSION = 2  # of everything in this folder that decides a number
+VERSION = 3  # of everything in this folder that decides a number
 BROAD = (  # prompts that many pictures answer
     "fluent emoji", "twemoji emoji", "noto emoji", "fluent emoji of a mammal",
     "noto emoji of a vehicle", "twemoji emoji of a fruit", "a bird emoji", "a building emoji",
@@ -69,8 +69,8 @@ class Bench:
         with torch.no_grad():
             return torch.cat([self.judge.backbone.pooled(b) for b in batches(pictures)])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the numbers."""
+    def fingerprint(self, reward: nn.Module | None) -> dict[str, Any]:
+        """Everything that decides the numbers; `reward` is the network behind their column."""
         judge = dict(self.judge.named_parameters())
         backbone = {k: p for k, p in judge.items() if k.startswith("backbone.")}
         heads = {k: p for k, p in judge.items() if k not in backbone}
@@ -84,6 +84,7 @@ class Bench:
             "backbone": f"EfficientNet-Lite2 {weights_digest(backbone)}",
             "judge": weights_digest({**heads, "embeddings": self.judge.embeddings}),
             "names": digest(names),
+            "reward": weights_digest(dict(reward.named_parameters())) if reward else None,
             "torch": torch.__version__,
         }
 

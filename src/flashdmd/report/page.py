@@ -56,7 +56,7 @@ METRICS = (
         "retrieval",
         "Caption retrieval",
         "higher",
-        "How often the judge finds a picture's own caption among others.",
+        "How often a picture's own name is among the judge's first five of all that were asked.",
     ),
     Metric(
         "reward",

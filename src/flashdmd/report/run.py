@@ -163,7 +163,11 @@ def is_plain(arm: str) -> bool:
 
 
 def read_metrics(run: Run) -> None:
-    metrics = read_json(run, "metrics.json", "nothing was measured: run `flashdmd evaluate`")
+    metrics = read_json(
+        run,
+        "metrics.json",
+        "nothing was measured; the command of the run does that in the end",
+    )
     rows = listed(metrics, "rows")
     run.rows = [r for r in rows if isinstance(r, dict) and isinstance(r.get("arm"), str)]
     run.health = [h for h in listed(metrics, "health") if isinstance(h, dict)]
