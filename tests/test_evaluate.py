@@ -87,17 +87,18 @@ def test_halves_keep_what_they_show() -> None:
 
 
 def test_real_held_out_renderings_are_at_no_distance(bench: Bench) -> None:
-    """From others of the same pictures; and so are as many training pictures (0.02 at most)."""
+    """From others of the same pictures (eight draws: sd 0.01), and as many others (sd 0.04)."""
     whole = Bench(Protocol(real_renderings=1), bench.judge)
     chosen = {e.prompt: i for i, e in enumerate(whole.world.emoji)}
     rng = np.random.default_rng(0)
     same = [chosen[p] for p in whole.prompts]
-    for pictures in (same, list(rng.permutation(whole.world.indices("train"))[: len(same)])):
+    others = list(rng.permutation(whole.world.indices("train"))[: len(same)])
+    for pictures, far in ((same, 0.04), (others, 0.12)):
         features = whole.pooled(np.stack([whole.world.render(i, rng) for i in pictures]))
         of = torch.tensor(pictures), whole.of[1]
         low, high = interval(features, whole.real, of)
         assert low < 0 < high
-        assert abs(kid(features, whole.real, of)) < 0.05
+        assert abs(kid(features, whole.real, of)) < far
         if pictures == same:
             assert kid(features, whole.real) < -0.1
 
@@ -212,22 +213,23 @@ def test_one_picture_rendered_often_is_less_diverse_than_many(bench: Bench) -> N
 
 
 def test_rows_of_two_protocols_do_not_mix(bench: Bench) -> None:
-    ours = {"fingerprint": bench.fingerprint(), "rows": [{"arm": "a"}]}
+    ours = {"fingerprint": bench.fingerprint(None), "rows": [{"arm": "a"}]}
     other = Bench(Protocol(num_prompts=49, real_renderings=1), bench.judge)
-    theirs = {"fingerprint": other.fingerprint(), "rows": [{"arm": "b"}]}
+    theirs = {"fingerprint": other.fingerprint(None), "rows": [{"arm": "b"}]}
     assert [r["arm"] for r in table([ours, ours])["rows"]] == ["a", "a"]
     with pytest.raises(UserError, match="measured differently"):
         table([ours, theirs])
 
 
 def test_whatever_decides_a_number_changes_the_fingerprint(bench: Bench) -> None:
-    """A weight of the backbone or of a head, an embedding, a name, a real picture."""
-    before = bench.fingerprint()
+    """A weight of backbone, head or reward, an embedding, a name, a real picture."""
+    reward = torch.nn.Linear(3, 1, bias=False)
+    before = bench.fingerprint(reward)
     other = Bench(bench.protocol, judge.load(ASSETS / "judge"))
-    assert other.fingerprint() == before
+    assert other.fingerprint(reward) == before
 
     def changed() -> set[str]:
-        after = other.fingerprint()
+        after = other.fingerprint(reward)
         return {k for k in before if before[k] != after[k]}
 
     for tensor, key in (
@@ -235,6 +237,7 @@ def test_whatever_decides_a_number_changes_the_fingerprint(bench: Bench) -> None
         (other.judge.verdict.weight, "judge"),
         (other.judge.embeddings, "judge"),
         (other.real_pictures, "real"),
+        (reward.weight.detach(), "reward"),
     ):
         first = (0,) * tensor.ndim
         kept = tensor[first].item()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flashdmd.emoji import pack, pairs
 from flashdmd.emoji.teacher import TEXT_LENGTH, tokens, train_tokenizer
-from flashdmd.emoji.world import PACKED, STYLES, World
+from flashdmd.emoji.world import CONFETTI, PACKED, RADII, STYLES, World, canvas, paste, strew
 from flashdmd.evaluate.protocol import answers
 
 
@@ -70,6 +70,42 @@ def test_the_plain_picture_is_one_of_the_renderings() -> None:
     world, rng = World(), np.random.default_rng(0)
     renderings = (world.render(7, rng) for _ in range(400))
     assert any(np.array_equal(r, world.plain(7)) for r in renderings)
+
+
+def dots(marked: np.ndarray) -> list[np.ndarray]:
+    """Connected sets of marked pixels, corners counting: (n, 2) each."""
+    left, found = {tuple(p) for p in np.argwhere(marked)}, []
+    while left:
+        edge, whole = [left.pop()], []
+        while edge:
+            y, x = edge.pop()
+            whole.append((y, x))
+            near = {(y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+        found.append(np.array(whole))
+    return found
+
+
+def test_confetti_is_dots_of_one_colour_that_touch_no_other() -> None:
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(20):
+        strewn = strew(canvas((128, 128, 128)), rng)
+        full = (strewn[:, :, None] == np.array(CONFETTI)).all(-1)  # (H, W, colours), edges apart
+        found = dots(full.any(-1))
+        counts.append(len(found))
+        for dot in found:
+            assert np.ptp(dot, axis=0).max() <= 2 * RADII[1]
+            assert len({tuple(strewn[y, x]) for y, x in dot}) == 1
+    assert 8 < np.mean(counts) < 20
+
+
+def test_confetti_lies_behind_the_picture(world: World) -> None:
+    picture = world.pictures[10]
+    opaque = np.asarray(picture)[..., 3] == 255
+    strewn = paste(picture, strew(canvas((128, 128, 128)), np.random.default_rng(0)))
+    assert np.array_equal(strewn[:, opaque], world.plain(10)[:, opaque])
+    assert not np.array_equal(strewn, paste(picture, canvas((128, 128, 128))))
 
 
 def test_code_points_have_one_spelling() -> None:

@@ -2,11 +2,13 @@
 
 One caption has many pictures and one picture many captions, so there is a distribution to distil:
 captions are drawn at five levels, from the bare style to the name with keywords, and every
-rendering draws its own mirror image, background and hue.
+rendering draws its own mirror image, hue and background, most of them strewn with confetti: detail
+that no caption decides, so few steps cannot draw it by drawing the mean.
 """
 
 import io
 import json
+import math
 import re
 import zipfile
 from collections import Counter
@@ -32,6 +34,14 @@ BACKGROUNDS = (  # soft colours: no emoji disappears in them
     (226, 217, 243), (186, 200, 211), (120, 144, 156), (66, 76, 94),
 )  # fmt: skip
 WHITE_SHARE = 0.4
+CONFETTI = (  # colours of the dots
+    (240, 98, 104), (255, 179, 71), (255, 224, 102), (124, 203, 139), (94, 169, 226),
+    (178, 132, 214), (255, 255, 255), (84, 94, 112),
+)  # fmt: skip
+CONFETTI_SHARE = 0.75  # of renderings
+DOTS = 20  # tries to lay one
+RADII = (3.5, 6.5)  # pixels
+GAP = 1.5  # pixels between two dots, at least
 HUE = 0.12  # of the colour circle, either way, for one rendering in four
 ONE_WAY = re.compile(  # pictures whose mirror image would be another thing, or wrong
     r"left|right|clock|calendar|moon|chart|music|abc|letter|input|keyboard|tear-off|dollar|pound|"
@@ -143,18 +153,40 @@ class World:
         if rng.random() < 0.25:
             picture = shift_hue(picture, rng.uniform(-HUE, HUE))
         plain = rng.random() < WHITE_SHARE
-        return paste(picture, WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+        background = canvas(WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+        if rng.random() < CONFETTI_SHARE:
+            background = strew(background, rng)
+        return paste(picture, background)
 
     def plain(self, index: Index) -> np.ndarray:
         """(3, SIZE, SIZE) uint8: the picture as it was drawn, on white."""
-        return paste(self.pictures[index], WHITE)
+        return paste(self.pictures[index], canvas(WHITE))
 
 
-def paste(picture: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
-    """(3, SIZE, SIZE) uint8: an RGBA picture of that size on a colour."""
-    canvas = Image.new("RGBA", (SIZE, SIZE), background)
-    canvas.alpha_composite(picture)
-    return np.asarray(canvas.convert("RGB")).transpose(2, 0, 1)
+def canvas(colour: tuple[int, int, int]) -> np.ndarray:
+    """(SIZE, SIZE, 3) of one colour."""
+    return np.full((SIZE, SIZE, 3), colour, dtype=np.float32)
+
+
+def strew(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Confetti on a canvas: DOTS tries to lay a dot where it touches no other."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    laid: list[tuple[float, float, float]] = []
+    for _ in range(DOTS):
+        r, (a, b) = rng.uniform(*RADII), rng.uniform(0, SIZE, 2)
+        if any(math.hypot(a - c, b - d) < r + s + GAP for c, d, s in laid):
+            continue
+        laid.append((a, b, r))
+        inside = np.clip(r - np.hypot(x - a, y - b) + 0.5, 0, 1)[..., None]
+        background = background + inside * (CONFETTI[rng.integers(len(CONFETTI))] - background)
+    return background
+
+
+def paste(picture: Image.Image, background: np.ndarray) -> np.ndarray:
+    """(3, SIZE, SIZE) uint8: an RGBA picture of that size on a canvas."""
+    whole = Image.fromarray(background.round().astype(np.uint8)).convert("RGBA")
+    whole.alpha_composite(picture)
+    return np.asarray(whole.convert("RGB")).transpose(2, 0, 1)
 
 
 def shift_hue(picture: Image.Image, turn: float) -> Image.Image:

@@ -24,9 +24,9 @@ NAMES = (
     "reward_hacking",
 )
 
-# Limits are (warn, bad). Chance alone, two renderings of the same eight emoji with other places,
-# scales and backgrounds, goes past the warning of blur in 1.6 % of draws (0.4 % with twelve) and of
-# saturation_drift in 5 % (1 %), and past "bad" in less than 0.1 %.
+# Limits are (warn, bad). Chance alone, two renderings of the same eight emoji with other hues,
+# backgrounds and confetti, goes past the warning of blur in 1.5 % of draws (1.3 % with twelve) and
+# of saturation_drift in 0.8 % (none of 600 with twelve), and past "bad" in none of 600.
 FEWEST_PICTURES = 8
 BLUR = (0.3, 0.6)  # a Gaussian blur of 0.5 pixels loses 0.54 of an emoji's detail, of 0.7 0.75
 SATURATION_DRIFT = (0.4, 0.8)  # a burnt model doubles its saturation
