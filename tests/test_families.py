@@ -79,6 +79,17 @@ def test_guidance_is_what_the_stock_pipelines_own_call_implies(
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_a_sample_is_the_stock_pipelines(teacher: Teacher, guidance: float) -> None:
+    noise = teacher.noise(len(PROMPTS), 0)
+    theirs = teacher.pipeline(
+        PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=guidance, output_type="np"
+    ).images
+    theirs = (theirs * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
+    ours = teacher.sample(PROMPTS, noise, 3, guidance)
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+
+
 def test_pictures_survive_the_autoencoders_own_scale(teacher: Teacher) -> None:
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     vae = teacher.pipeline.vae

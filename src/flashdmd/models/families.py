@@ -36,6 +36,8 @@ class Family(Protocol):
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Cond: ...
 
+    def sample(self, pipeline: Any, prompts: list[str], **how: Any) -> Any: ...
+
     def output(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
     def middle(self, network: nn.Module) -> nn.Module: ...
@@ -75,6 +77,9 @@ class StableDiffusion:
         embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
         return {"encoder_hidden_states": embeds}
 
+    def sample(self, pipeline: Any, prompts: list[str], **how: Any) -> Any:
+        return pipeline(prompts, **how).images
+
     def output(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         out: Tensor = network(x_t, t, **cond).sample
         return out
@@ -104,18 +109,36 @@ class StableDiffusion3:
         repeats = torch.full((len(tokens),), copies)
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled, "repeats": repeats}
 
+    def sample(self, pipeline: Any, prompts: list[str], **how: Any) -> Any:
+        """The pipeline's own loop, on prompts whose padding is computed once."""
+        cond, nothing = (self.encode_prompts(pipeline, p) for p in (prompts, [""]))
+        copies = int(cond["repeats"][0])
+        if copies != int(nothing["repeats"][0]):  # guidance needs prompts of one length
+            return pipeline(prompts, **how).images
+        nothing = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in nothing.items()}
+        with RepeatLast(self._keys(pipeline.transformer, how["latents"], cond), copies):
+            return pipeline(
+                prompt_embeds=cond["encoder_hidden_states"],
+                pooled_prompt_embeds=cond["pooled_projections"],
+                negative_prompt_embeds=nothing["encoder_hidden_states"],
+                negative_pooled_prompt_embeds=nothing["pooled_projections"],
+                **how,
+            ).images
+
     def output(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        tokens = cond["encoder_hidden_states"]
-        patch = int(network.get_parameter("pos_embed.proj.weight").shape[-1])
-        keys = x_t.shape[-2] * x_t.shape[-1] // patch**2 + tokens.shape[1]
-        with RepeatLast(keys, int(cond["repeats"][0])):
+        with RepeatLast(self._keys(network, x_t, cond), int(cond["repeats"][0])):
             out: Tensor = network(
                 hidden_states=x_t,
                 timestep=t,
-                encoder_hidden_states=tokens,
+                encoder_hidden_states=cond["encoder_hidden_states"],
                 pooled_projections=cond["pooled_projections"],
             ).sample
         return out
+
+    def _keys(self, network: nn.Module, x_t: Tensor, cond: Cond) -> int:
+        """Tokens of a joint attention: the image's patches and the prompt's."""
+        patch = int(network.get_parameter("pos_embed.proj.weight").shape[-1])
+        return x_t.shape[-2] * x_t.shape[-1] // patch**2 + cond["encoder_hidden_states"].shape[1]
 
     def middle(self, network: nn.Module) -> nn.Module:
         blocks = network.get_submodule("transformer_blocks")
@@ -266,13 +289,14 @@ class Teacher:
         self, prompts: list[str], noise: Float[Tensor, "B C h w"], steps: int, guidance: float
     ) -> np.ndarray:
         """(B, 3, H, W) uint8 by the pipeline's own sampler."""
-        images = self.pipeline(
+        images = self.family.sample(
+            self.pipeline,
             prompts,
             latents=noise,
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="np",
-        ).images
+        )
         pictures: np.ndarray = (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
         return pictures
 
