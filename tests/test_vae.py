@@ -71,3 +71,14 @@ def test_an_autoencoder_can_be_trained_on(tmp_path) -> None:
     kernel = "decoder.conv_in.weight"  # one that the normalisation leaves alone
     moved = (on.state_dict()[kernel] - start.state_dict()[kernel]).abs().max()
     assert 0 < moved < 0.02
+
+
+def test_a_decoder_trained_on_alone_leaves_the_latents_as_they_are(tmp_path) -> None:
+    vae.train(tmp_path / "first", 1, batch=2)
+    start = AutoencoderKL.from_pretrained(tmp_path / "first/vae")
+    vae.train(tmp_path / "on", 3, batch=2, start=tmp_path / "first/vae", decoder_only=True)
+    on = AutoencoderKL.from_pretrained(tmp_path / "on/vae")
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    z = start.encode(images).latent_dist.mode()
+    assert torch.equal(on.encode(images).latent_dist.mode(), z)
+    assert not torch.equal(on.decode(z).sample, start.decode(z).sample)

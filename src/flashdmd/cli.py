@@ -183,6 +183,9 @@ def emoji_data(
 def emoji_vae(
     output: Annotated[Path, typer.Option()] = Path("runs/emoji/vae"),
     start: Annotated[Path | None, typer.Option(help="An autoencoder to train on.")] = None,
+    decoder_only: Annotated[
+        bool, typer.Option(help="Leave the latents of --start, and the teachers on them, valid.")
+    ] = False,
     max_train_steps: Steps = 2600,
     seed: Seed = 0,
 ) -> None:
@@ -190,7 +193,9 @@ def emoji_vae(
     from flashdmd.emoji import vae
 
     check_start(start)
-    vae.train(output, max_train_steps, seed=seed, start=start)
+    if decoder_only and start is None:
+        raise UserError("--decoder-only: name the autoencoder whose encoder stays with --start")
+    vae.train(output, max_train_steps, seed=seed, start=start, decoder_only=decoder_only)
     typer.echo(f"Wrote {output / 'vae'}")
 
 

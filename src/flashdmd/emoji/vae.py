@@ -85,14 +85,23 @@ def scaled(x: Tensor) -> Tensor:
 
 
 def train(
-    folder: Path, max_train_steps: int, batch: int = 32, seed: int = 0, start: Path | None = None
+    folder: Path,
+    max_train_steps: int,
+    batch: int = 32,
+    seed: int = 0,
+    start: Path | None = None,
+    decoder_only: bool = False,
 ) -> AutoencoderKL:
     """Trains, folds in the normalisation, and writes the autoencoder to `folder / "vae"`.
 
     `start` is an autoencoder of this kind to train on; its latents keep their meaning, roughly.
+    With `decoder_only` they stay the same to the bit, and what was trained on them stays valid.
     """
     torch.manual_seed(seed)
     world, vae = World(), AutoencoderKL.from_pretrained(start).train() if start else build()
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     adversary = Discriminator(EfficientNetLite(0), image_size=SIZE, width=64)
 
     def loss(step: int) -> Losses:
@@ -109,9 +118,10 @@ def train(
         terms = {
             "l1": error.abs().mean(),
             "mse": error.square().mean(),
-            "kl": KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel(),
             "look": LOOK_WEIGHT * unlike(fake[:-1], real[:-1]),
         }
+        if not decoder_only:
+            terms["kl"] = KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
         if step >= ADVERSARIAL_FROM * max_train_steps:
             terms |= adversarial(adversary, real, fake)
         return terms
@@ -126,7 +136,8 @@ def train(
         weight_decay=0.0, muon_rate=4e-3,
     )  # fmt: skip
     fit(nn.ModuleDict({"vae": vae, "adversary": adversary}), loss, plan, show, show_every=500)
-    normalise(vae, pixels(renderings(world, "train", 2048, seed, "normalise")[0]))
+    if not decoder_only:
+        normalise(vae, pixels(renderings(world, "train", 2048, seed, "normalise")[0]))
     vae.save_pretrained(folder / "vae")
     return vae
 
