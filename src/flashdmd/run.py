@@ -226,10 +226,8 @@ def full(recipe: Recipe, resume: bool = True) -> Path:
 
 
 DEMO = {  # what makes the shipped recipes short enough for a quarter of an hour on two cores
-    "train.max_train_steps": 90,
+    "train.max_train_steps": 120,
     "train.joint_train_steps": 12,
-    "train.train_batch_size": 32,
-    "train.gan_calibration_steps": "[5, 15]",
     "train.checkpointing_steps": 30,
     "validation.num_prompts": 96,
 }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
+    DDPMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -217,13 +217,12 @@ def train_score(
         text_encoder=both.text_encoder,
         tokenizer=tokenizer,
         unet=both.network,
-        scheduler=DDIMScheduler(
+        scheduler=DDPMScheduler(  # fresh noise mends a step's errors: docs/log.md has both
             beta_schedule="scaled_linear",
             beta_start=0.00085,
             beta_end=0.012,
             prediction_type="v_prediction",
             clip_sample=False,
-            set_alpha_to_one=False,
             steps_offset=1,
             timestep_spacing="trailing",  # the first step is 999, where training ends
         ),
