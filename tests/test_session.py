@@ -85,6 +85,26 @@ def test_the_reference_is_the_student_of_stage_1_and_stays_it(teacher: Teacher) 
     assert not any(p.requires_grad for p in reference.parameters())
 
 
+def test_stage_2_goes_on_from_the_averaged_student(teacher: Teacher) -> None:
+    run = session(teacher, train={"learning_rate": 1e-2, "ema_decay": 0.5})
+    first = run.trainer("distill")
+    first.iterate()
+    first.iterate()
+    first.iterate()  # the second generator update: the average is neither it nor the first
+    left, last = weights(run.student), weights(run.generator)
+    assert not equal(left, last)
+    run.take_over()
+    reference = run.trainer("joint").algorithm.reference
+    assert equal(weights(run.generator), left)
+    assert equal(weights(reference), left)
+
+
+def test_without_averaging_the_student_is_the_generator(teacher: Teacher) -> None:
+    run = session(teacher, train={"ema_decay": 0.0})
+    assert run.student is run.generator
+    assert "student" not in run.trainer("distill").networks()
+
+
 def test_each_learner_has_a_rate_and_moments_of_its_own(teacher: Teacher) -> None:
     numbers = {
         "learning_rate": 1e-3,

@@ -65,7 +65,13 @@ def trainer(stage: Stage = "joint", method: Method | None = None, **options) -> 
         "discriminator": learner(discriminator),
         "preference": learner(generator),
     }
+    if options.get("ema_decay"):
+        options["student"] = copy.deepcopy(generator).requires_grad_(False)
     return Trainer(algorithm, cycle(method, stage), batches, learners, stage=stage, **options)
+
+
+def averaging() -> Trainer:
+    return trainer(ema_decay=0.7)
 
 
 def dmd2_trainer() -> Trainer:
@@ -135,7 +141,7 @@ def test_dmd2_learns_its_score_five_times_a_generator_update() -> None:
     assert t.state.updates == {"generator": 2, "score": 10, "discriminator": 10}
 
 
-@pytest.mark.parametrize("make", [trainer, dmd2_trainer])
+@pytest.mark.parametrize("make", [trainer, averaging, dmd2_trainer])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make, tmp_path: Path) -> None:
     whole, first, second = make(), make(), make()
     for _ in range(17):
@@ -300,3 +306,22 @@ def test_warm_up_goes_on_in_the_next_stage() -> None:
     assert shares == pytest.approx(
         {"generator": 0.3, "score": 0.6, "discriminator": 0.6, "preference": 0.5}
     )
+
+
+def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody() -> None:
+    """By hand: the weight of the newest is 9/10, 9/11, 9/12, ... and never under 1 - ema_decay."""
+    t, without = averaging(), trainer()
+    expected, n = weights(t)["student"], 0
+    for updates in t.order * 3:
+        t.iterate()
+        without.iterate()
+        if not {"generator", "preference"}.isdisjoint(updates):
+            n += 1
+            share = max(9 / (n + 9), 0.3)
+            newest = weights(t)["generator"]
+            expected = [a + share * (b - a) for a, b in zip(expected, newest, strict=True)]
+        for ours, theirs in zip(weights(t)["student"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert n == 18  # some of them on either side of 1 - 0.7
+    ours, theirs = weights(t), weights(without)
+    assert not changed({k: ours[k] for k in theirs}, theirs)

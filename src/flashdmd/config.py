@@ -82,6 +82,7 @@ class Train(Section):
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 10.0  # DMD2, full fine-tuning
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [DEF] student's (RTDMD); 0: none
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
     seed: Seed = 0
     checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end

@@ -63,6 +63,7 @@ class Session:
     discriminator: nn.Module
     learners: dict[str, Learner]
     source: Source  # real pictures and their captions
+    student: NetworkDenoiser  # what a stage leaves: the generator, averaged unless ema_decay is 0
     reward: EmojiReward | None = None  # of stage 2
     prompts: tuple[str, ...] = ()  # none: the captions
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -120,7 +121,14 @@ class Session:
             stage=stage,
             state=copy.deepcopy(self.start),
             stopwatch=self.stopwatch,
+            student=None if self.student is self.generator else self.student,
+            ema_decay=recipe.train.ema_decay,
         )
+
+    def take_over(self) -> None:
+        """Stage 2 refines the student that stage 1 left, and is held to it as the reference."""
+        if self.student is not self.generator:
+            self.generator.load_state_dict(self.student.state_dict())
 
 
 def load_reward(name: str, teacher: Teacher) -> EmojiReward:
@@ -169,7 +177,16 @@ def open_session(recipe: Recipe) -> Session:
     scored = load_reward(judged_by, teacher) if judged_by else None  # it measures stage 1 as well
     reward = scored if recipe.train.joint_train_steps else None
     networks = generator, score, discriminator, learners
-    session = Session(recipe, teacher, *networks, source=source, reward=reward, prompts=prompts)
+    averages = train.ema_decay > 0
+    session = Session(
+        recipe,
+        teacher,
+        *networks,
+        source=source,
+        student=copy.deepcopy(generator).requires_grad_(False) if averages else generator,
+        reward=reward,
+        prompts=prompts,
+    )
     for module, part in (
         (generator, "student"),
         (score, "score"),

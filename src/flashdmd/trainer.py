@@ -87,6 +87,8 @@ class Trainer:
     stage: str = "distill"
     state: State = field(default_factory=State)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    student: nn.Module | None = None  # the averaged generator: what a run leaves
+    ema_decay: float = 0.99
 
     def __post_init__(self) -> None:
         self.take_weight()
@@ -160,8 +162,21 @@ class Trainer:
         if update in ("generator", "preference"):
             with self.stopwatch.part("optimizers"):
                 self.algorithm.couple()
+                self.average()
         values = {**loss.terms, **loss.watch}
         return record | {name: float(value.detach()) for name, value in values.items()}
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """student <- d student + (1 - d) theta; d rises to `ema_decay`, so that a short run's
+        average reaches back over a ninth of it and not to the teacher that it started from.
+        """
+        if self.student is None:
+            return
+        n = self.generator_updates + self.state.updates.get("preference", 0)
+        decay = min(self.ema_decay, n / (n + 9))
+        theta = self.algorithm.generator.parameters()
+        torch._foreach_lerp_(list(self.student.parameters()), list(theta), 1 - decay)
 
     def loss(self, update: Update, samples: Rollout | None, batch: Batch) -> Loss:
         algorithm = self.algorithm
@@ -237,9 +252,10 @@ class Trainer:
         self.take_weight()
 
     def networks(self) -> dict[str, nn.Module]:
-        """Each trained network once: a preference learner has the generator's."""
+        """Each trained network once, for a preference learner has the generator's; the student."""
         names = {id(learner.network): name for name, learner in reversed(self.learners.items())}
-        return {name: self.learners[name].network for name in sorted(names.values())}
+        found = {name: self.learners[name].network for name in sorted(names.values())}
+        return found | ({"student": self.student} if self.student else {})
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: learner.optimizer for name, learner in self.learners.items()}
