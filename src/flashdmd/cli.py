@@ -108,12 +108,13 @@ def evaluate(
     reward: Annotated[str, typer.Option(help="A reward's folder, emoji-reward, or none.")] = (
         "emoji-reward"
     ),
+    guidance: Annotated[float, typer.Option(min=0, help="Of teachers; students have theirs.")] = 3,
 ) -> None:
     """Measure models side by side: same prompts, same noise, same judge."""
     from flashdmd import run
 
     named = None if reward == "none" else reward
-    typer.echo(f"Wrote {run.evaluate(models, output, num_prompts, named)}")
+    typer.echo(f"Wrote {run.evaluate(models, output, num_prompts, named, guidance)}")
 
 
 @app.command()
@@ -210,6 +211,10 @@ def emoji_teacher(
             "whose words and autoencoder are taken over, or a flow one to train on"
         ),
     ] = None,
+    tutor: Annotated[
+        Path | None,
+        typer.Option(help="flow: a score-based pipeline, whose means are learned, not pictures."),
+    ] = None,
     max_train_steps: Steps = 7000,
     seed: Seed = 0,
 ) -> None:
@@ -217,6 +222,10 @@ def emoji_teacher(
     from flashdmd.emoji.world import ASSETS
 
     check_start(start, NETWORKS if family == "score" else NETWORKS[:1])
+    if tutor is not None and (family != "flow" or not (tutor / "unet").is_dir()):
+        raise UserError(
+            f"--tutor {tutor}: give the folder of a score-based pipeline, with --family flow"
+        )
     output = output or Path("runs/emoji") / family
     if family == "score":
         from flashdmd.emoji import teacher
@@ -225,7 +234,8 @@ def emoji_teacher(
     elif family == "flow":
         from flashdmd.emoji import flow
 
-        flow.train_flow(output, start or ASSETS / "score", max_train_steps, seed=seed)
+        score = ASSETS / "score"
+        flow.train_flow(output, start or score, max_train_steps, seed=seed, tutor=tutor)
     else:
         raise UserError(f"--family {family}: there are 'score' and 'flow'")
     typer.echo(f"Wrote {output / 'pipeline'}")

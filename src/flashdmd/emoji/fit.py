@@ -6,11 +6,13 @@ Step n draws everything from (seed, n), so a fit that was stopped goes on as if 
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -165,6 +167,16 @@ def fit(
         for name, p in parameters.items():
             p.copy_(average[name])
     return network
+
+
+def fused(network: nn.Module) -> Callable[..., Any]:
+    """`network`, compiled where there is a C++ compiler to do it with; parameters are shared.
+
+    A training step of the embedded MMDiT, two thirds of it elementwise, takes 0.80 s then instead
+    of 1.24 (batch 128, one core, interleaved); one of the UNet, mostly convolutions, as long.
+    """
+    compiled: Callable[..., Any] = torch.compile(network) if shutil.which("g++") else network
+    return compiled
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
+    DPMSolverMultistepScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.fit import Fit, Losses, fit, fused
 from flashdmd.emoji.teacher import (
     LATENT_SIZE,
     RENDERINGS,
@@ -38,8 +38,10 @@ from flashdmd.emoji.teacher import (
 from flashdmd.emoji.vae import LATENT_CHANNELS
 from flashdmd.emoji.world import World
 from flashdmd.files import forget_origins
+from flashdmd.models import families
 from flashdmd.models.padding import RepeatLast
-from flashdmd.schedule import Process, RectifiedFlow
+from flashdmd.sampler import Cond, Denoiser
+from flashdmd.schedule import STEPS, Process, RectifiedFlow, VariancePreserving, per_example
 
 SECOND_WIDTH = 64
 JOINT_WIDTH = TEXT_WIDTH + SECOND_WIDTH
@@ -60,6 +62,20 @@ def build_transformer() -> SD3Transformer2DModel:
         pooled_projection_dim=JOINT_WIDTH,
         pos_embed_max_size=LATENT_SIZE,
         qk_norm="rms_norm",
+    )
+
+
+def own_sampler() -> DPMSolverMultistepScheduler:
+    """Fresh noise at each step, in the first order: what DDPM is to a score-based teacher.
+
+    docs/log.md compares it with Euler's straight steps. Small latents need no shift.
+    """
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1.0,
+        algorithm_type="sde-dpmsolver++",
+        solver_order=1,
     )
 
 
@@ -121,6 +137,38 @@ class Trained(nn.Module):
         return hidden, torch.cat([o.text_embeds for o in outputs], dim=-1)
 
 
+class Tutor:
+    """A score-based denoiser of the same latents, asked on straight paths for E[x_0 | x_t].
+
+    One picture is one draw of what x_t may have come from; a mean is a target without that noise.
+    x_t = (1 - s) x_0 + s eps is alpha x_0 + sigma eps at another scale where s / (1 - s) is
+    sigma / alpha, which whole steps of the score-based process do from s = 0.028 to 0.936.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: VariancePreserving) -> None:
+        self.denoiser, self.schedule = denoiser, schedule
+        self.straight = STEPS * schedule.sigma / (schedule.alpha + schedule.sigma)  # (STEPS,)
+
+    def knows(self, t: Tensor) -> Tensor:
+        return (t >= self.straight[0]) & (t <= self.straight[-1])
+
+    def step(self, t: Tensor) -> Tensor:
+        return torch.searchsorted(self.straight, t).clamp(max=STEPS - 1)
+
+    def times(self, t: Tensor) -> Tensor:
+        """`t`, moved to the next time that is a step; outside of all of them as they are."""
+        return torch.where(self.knows(t), self.straight[self.step(t)], t)
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond) -> Tensor:
+        """E[x_0 | x_t] at the `times`; where none is known the picture itself, `x0`."""
+        i = self.step(t)
+        alpha, sigma = self.schedule(i)
+        mean = self.denoiser(per_example(alpha + sigma, x_t) * x_t, i.float(), cond)
+        known = per_example(self.knows(t).int(), x_t).bool()
+        return torch.where(known, mean, x0)
+
+
 def train_flow(
     folder: Path,
     start: Path,
@@ -129,11 +177,13 @@ def train_flow(
     learning_rate: float = 5e-4,
     muon_rate: float = 4e-3,
     seed: int = 0,
+    tutor: Path | None = None,
 ) -> StableDiffusion3Pipeline:
     """Trains the flow-matching teacher and writes it to `folder / "pipeline"`.
 
     Autoencoder, tokenizer and the first text encoder come from the score-based pipeline in `start`;
-    or that is a flow-matching one of this kind, which is trained on.
+    or that is a flow-matching one of this kind, which is trained on. With a `tutor`, a score-based
+    pipeline on the same autoencoder, its means are learned instead of the pictures.
     """
     torch.manual_seed(seed)
     world = World()
@@ -149,21 +199,32 @@ def train_flow(
     networks = Trained(first, second, transformer).train()
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches, process = Batches(world, latents, batch, seed), Process(RectifiedFlow(), "flow")
+    tutoring = None
+    if tutor is not None:
+        taught = families.load(tutor)
+        assert isinstance(taught.process.schedule, VariancePreserving)
+        tutoring = Tutor(taught.denoiser, taught.process.schedule)
+    network = fused(networks.network)
 
     def loss(step: int) -> Losses:
         x0, captions = batches(step)
         eps, t = torch.randn_like(x0), training_times(len(x0), 0.4, 1.0)
+        if tutoring:
+            t = tutoring.times(t)
         x_t = process.add_noise(x0, eps, t)
         with torch.autocast("cpu", torch.bfloat16):
+            if tutoring:
+                x0 = tutoring(x_t, t, x0, taught.encode_prompts(captions))
+                eps = (x_t - (1 - per_example(t / STEPS, x_t)) * x0) / per_example(t / STEPS, x_t)
             hidden, pooled = networks.encode(tokens(tokenizer, captions))
             with RepeatLast(LATENT_SIZE**2 + hidden.shape[1], PADDING):
-                v = networks.network(x_t, hidden, pooled, t).sample
+                v = network(x_t, hidden, pooled, t).sample
         return {"flow": (v.float() - process.target(x0, eps, t)).square().mean()}
 
     third, third_tokenizer = silent_t5(JOINT_WIDTH)
     pipeline = StableDiffusion3Pipeline(
         transformer=networks.network,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),  # small latents need no shift
+        scheduler=own_sampler(),
         vae=vae,
         text_encoder=first,
         tokenizer=tokenizer,
