@@ -1,4 +1,8 @@
-"""Methods side by side: every arm from the same teacher, several seeds, one protocol, one table."""
+"""Methods side by side: every arm from the same teacher, several seeds, one protocol, one table.
+
+A seed is one of training, of the noise that pictures are drawn from and of the real renderings
+they are compared with, for the teacher as well: the intervals hold all that chance decides.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +22,9 @@ from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol
 from flashdmd.files import write_text
 from flashdmd.models import families
+from flashdmd.models.families import Teacher
 from flashdmd.report.run import parsed, unrolled
+from flashdmd.seeds import seed_of
 from flashdmd.session import load_reward, load_teacher, write_json
 
 FIGURES = ("kid", "retrieval", "reward", "held_out_reward", "diversity")
@@ -75,7 +81,7 @@ PLAN = {
 
 
 def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: Path) -> Path:
-    """Trains each arm with each seed, measures all students and the teacher, writes comparison.md.
+    """Trains each arm with each seed, measures students and teacher by seed, writes comparison.md.
 
     Training that is finished is not done again, so a comparison that was stopped goes on. Raises
     UserError for an unknown arm, or one that needs another which is not there.
@@ -104,33 +110,54 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
     for one in recipes.values():
         run.train(one)
     teacher = load_teacher(recipe.model.pretrained_model_name_or_path)
-    validation, steps = recipe.validation, len(recipe.method.student_timesteps)
-    bench = Bench(
-        Protocol(num_prompts=validation.num_prompts, seed=validation.seed),
-        judge.load(ASSETS / "judge"),
-    )
     reward_name = recipe.model.reward_model_name_or_path
     reward = load_reward(reward_name, teacher) if reward_name else None
     score = run.scorer(reward, teacher) if reward else None
+    rows, fingerprints = [], []
+    for seed in seeds:
+        mine = {arm: one for (arm, s), one in recipes.items() if s == seed}
+        bench = bench_of(recipe, seed)
+        rows.append(bench.measure(run.REAL, 0, bench.draw_real, None) | {"seed": seed})
+        drawers = teachers(recipe, teacher) | students(recipe, mine)
+        for name, (drawer, spent) in tqdm(drawers.items(), desc=f"measure seed {seed}", unit="arm"):
+            rows.append(
+                bench.measure(name, drawer.nfe, drawer.draw, score) | spent | {"seed": seed}
+            )
+        fingerprints.append(bench.fingerprint(reward.network if reward else None))
+    write_json(output / "comparison.json", {"fingerprints": fingerprints, "rows": rows})
+    write_text(output / "comparison.md", table(rows))
+    return output / "comparison.md"
+
+
+def bench_of(recipe: Recipe, seed: int) -> Bench:
+    """The recipe's protocol with noise and real renderings of this seed."""
+    validation = recipe.validation
+    protocol = Protocol(num_prompts=validation.num_prompts, seed=seed_of(validation.seed, seed))
+    return Bench(protocol, judge.load(ASSETS / "judge"))
+
+
+def teachers(recipe: Recipe, teacher: Teacher) -> dict[str, tuple[run.Arm, dict[str, int]]]:
+    """The teacher at the steps it is known for and at the student's, guided as it is distilled."""
     guidance = recipe.method.teacher_guidance_scale
-    drawers = {
-        (f"teacher, {n} steps", None): (run.Arm(teacher, n, guidance), "")
-        for n in (validation.teacher_steps, steps)
-    } | {
-        (name, seed): (run.Arm(families.load(folder), steps, 0.0), one.output_dir)
-        for (arm, seed), one in recipes.items()
+    few = len(recipe.method.student_timesteps)
+    return {
+        f"teacher, {n} steps": (run.Arm(teacher, n, guidance), {})
+        for n in (recipe.validation.teacher_steps, few)
+    }
+
+
+def students(
+    recipe: Recipe, trained: dict[str, Recipe]
+) -> dict[str, tuple[run.Arm, dict[str, int]]]:
+    """The students that the runs of one seed left, each with what it cost."""
+    few = len(recipe.method.student_timesteps)
+    return {
+        name: (run.Arm(families.load(folder), few, 0.0), cost(folder.parent, name))
+        for arm, one in trained.items()
         for name, part in PLAN[arm].students.items()
         if (folder := Path(one.output_dir) / part).is_dir()
         and (name != JOINT or one.train.joint_train_steps)
     }
-    rows = [bench.measure(run.REAL, 0, bench.draw_real, None)]
-    for (name, seed), (drawer, folder) in tqdm(drawers.items(), desc="measure", unit="arm"):
-        row = bench.measure(name, drawer.nfe, drawer.draw, score)
-        rows.append(row | {"seed": seed, **(cost(Path(folder), name) if folder else {})})
-    fingerprint = bench.fingerprint(reward.network if reward else None)
-    write_json(output / "comparison.json", {"fingerprint": fingerprint, "rows": rows})
-    write_text(output / "comparison.md", table(rows))
-    return output / "comparison.md"
 
 
 def variant(recipe: Recipe, planned: Planned, seed: int, folder: Path) -> Recipe:
