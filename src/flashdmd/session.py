@@ -196,6 +196,9 @@ def open_session(recipe: Recipe) -> Session:
         (teacher.pipeline.vae.encoder, "decode"),  # of the real pictures: the way there and back
     ):
         session.stopwatch.attach(module, part)
+    for name, encoder in teacher.pipeline.components.items():
+        if name.startswith("text_encoder") and encoder is not None:
+            session.stopwatch.attach(encoder, "prompts")
     if reward:
         session.stopwatch.attach(reward.network, "reward")
     return session
