@@ -43,7 +43,6 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
             ["compare", "emoji-score", "train.max_train_steps=0", "train.joint_train_steps=15"],
             "starts with stage 1",
         ),
-        (["evaluate", "emoji-score", "--guidance", "-1"], "greater than or equal to 0"),
         (["emoji", "teacher", "--tutor", "nowhere"], "folder of a score-based pipeline"),
         (["train", "emoji-score", "train.seed=9" + 30 * "9"], "train.seed=9"),
         (["train", "emoji-score", "train.max_grad_norm=.inf"], "finite"),
