@@ -43,7 +43,10 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
             ["compare", "emoji-score", "train.max_train_steps=0", "train.joint_train_steps=15"],
             "starts with stage 1",
         ),
-        (["emoji", "teacher", "--tutor", "nowhere"], "folder of a score-based pipeline"),
+        (
+            ["emoji", "teacher", "--tutor", "nowhere"],
+            "--tutor nowhere: give the folder",
+        ),
         (["train", "emoji-score", "train.seed=9" + 30 * "9"], "train.seed=9"),
         (["train", "emoji-score", "train.max_grad_norm=.inf"], "finite"),
         (["train", "emoji-score", "method.beta=.nan"], "finite"),

@@ -212,32 +212,38 @@ def emoji_teacher(
         ),
     ] = None,
     tutor: Annotated[
-        Path | None,
-        typer.Option(help="flow: a score-based pipeline, whose means are learned, not pictures."),
+        list[Path] | None,
+        typer.Option(help="A pipeline whose means are learned, not pictures; several: their mean."),
     ] = None,
     max_train_steps: Steps = 7000,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    rate: Annotated[
+        float, typer.Option(min=0.0, help="Share of the learning rates; less to train on.")
+    ] = 1.0,
     seed: Seed = 0,
 ) -> None:
     """Train a teacher; goes on where it was stopped."""
     from flashdmd.emoji.world import ASSETS
 
     check_start(start, NETWORKS if family == "score" else NETWORKS[:1])
-    if tutor is not None and (family != "flow" or not (tutor / "unet").is_dir()):
-        raise UserError(
-            f"--tutor {tutor}: give the folder of a score-based pipeline, with --family flow"
-        )
-    output = output or Path("runs/emoji") / family
-    if family == "score":
-        from flashdmd.emoji import teacher
-
-        teacher.train_score(output, start or ASSETS / "score/vae", max_train_steps, seed=seed)
-    elif family == "flow":
-        from flashdmd.emoji import flow
-
-        score = ASSETS / "score"
-        flow.train_flow(output, start or score, max_train_steps, seed=seed, tutor=tutor)
-    else:
+    if bad := [folder for folder in tutor or [] if not (folder / "model_index.json").is_file()]:
+        raise UserError(f"--tutor {bad[0]}: give the folder of a teacher, with model_index.json")
+    if family not in ("score", "flow"):
         raise UserError(f"--family {family}: there are 'score' and 'flow'")
+    from flashdmd.emoji import flow, teacher
+
+    train = teacher.train_score if family == "score" else flow.train_flow
+    default = ASSETS / ("score/vae" if family == "score" else "score")
+    output = output or Path("runs/emoji") / family
+    train(
+        output,
+        start or default,
+        max_train_steps,
+        batch=batch,
+        rate=rate,
+        seed=seed,
+        tutors=tutor or [],
+    )
     typer.echo(f"Wrote {output / 'pipeline'}")
 
 

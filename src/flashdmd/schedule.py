@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, Shaped
 from torch import Tensor
 
 STEPS = 1000
 Kind = Literal["x0", "eps", "v", "flow"]
 
 
-def per_example(a: Num[Tensor, "B"], like: Num[Tensor, "B *d"]) -> Num[Tensor, "B *ones"]:
+def per_example(a: Shaped[Tensor, "B"], like: Num[Tensor, "B *d"]) -> Shaped[Tensor, "B *ones"]:
     """View (B,) as (B, 1, ..., 1), so that it broadcasts over `like` and nothing else."""
     return a.reshape(-1, *(1,) * (like.ndim - 1))
 

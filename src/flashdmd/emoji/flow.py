@@ -4,6 +4,7 @@ Its first text encoder is the score-based teacher's, frozen but for a last layer
 of its own; the second is smaller and learns with the transformer; the third, a T5, says nothing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from transformers import (
 
 from flashdmd.emoji.fit import Fit, Losses, fit, fused
 from flashdmd.emoji.teacher import (
+    ADAM_RATE,
     LATENT_SIZE,
+    MUON_RATE,
     RENDERINGS,
     TEXT_WIDTH,
     Batches,
@@ -35,13 +38,12 @@ from flashdmd.emoji.teacher import (
     tokens,
     training_times,
 )
+from flashdmd.emoji.tutor import Tutor
 from flashdmd.emoji.vae import LATENT_CHANNELS
 from flashdmd.emoji.world import World
 from flashdmd.files import forget_origins
-from flashdmd.models import families
 from flashdmd.models.padding import RepeatLast
-from flashdmd.sampler import Cond, Denoiser
-from flashdmd.schedule import STEPS, Process, RectifiedFlow, VariancePreserving, per_example
+from flashdmd.schedule import Process, RectifiedFlow
 
 SECOND_WIDTH = 64
 JOINT_WIDTH = TEXT_WIDTH + SECOND_WIDTH
@@ -137,53 +139,20 @@ class Trained(nn.Module):
         return hidden, torch.cat([o.text_embeds for o in outputs], dim=-1)
 
 
-class Tutor:
-    """A score-based denoiser of the same latents, asked on straight paths for E[x_0 | x_t].
-
-    One picture is one draw of what x_t may have come from; a mean is a target without that noise.
-    x_t = (1 - s) x_0 + s eps is alpha x_0 + sigma eps at another scale where s / (1 - s) is
-    sigma / alpha, which whole steps of the score-based process do from s = 0.028 to 0.936.
-    """
-
-    def __init__(self, denoiser: Denoiser, schedule: VariancePreserving) -> None:
-        self.denoiser, self.schedule = denoiser, schedule
-        self.straight = STEPS * schedule.sigma / (schedule.alpha + schedule.sigma)  # (STEPS,)
-
-    def knows(self, t: Tensor) -> Tensor:
-        return (t >= self.straight[0]) & (t <= self.straight[-1])
-
-    def step(self, t: Tensor) -> Tensor:
-        return torch.searchsorted(self.straight, t).clamp(max=STEPS - 1)
-
-    def times(self, t: Tensor) -> Tensor:
-        """`t`, moved to the next time that is a step; outside of all of them as they are."""
-        return torch.where(self.knows(t), self.straight[self.step(t)], t)
-
-    @torch.no_grad()
-    def __call__(self, x_t: Tensor, t: Tensor, x0: Tensor, cond: Cond) -> Tensor:
-        """E[x_0 | x_t] at the `times`; where none is known the picture itself, `x0`."""
-        i = self.step(t)
-        alpha, sigma = self.schedule(i)
-        mean = self.denoiser(per_example(alpha + sigma, x_t) * x_t, i.float(), cond)
-        known = per_example(self.knows(t).int(), x_t).bool()
-        return torch.where(known, mean, x0)
-
-
 def train_flow(
     folder: Path,
     start: Path,
     max_train_steps: int,
     batch: int = 128,
-    learning_rate: float = 5e-4,
-    muon_rate: float = 4e-3,
+    rate: float = 1.0,
     seed: int = 0,
-    tutor: Path | None = None,
+    tutors: Sequence[Path] = (),
 ) -> StableDiffusion3Pipeline:
     """Trains the flow-matching teacher and writes it to `folder / "pipeline"`.
 
     Autoencoder, tokenizer and the first text encoder come from the score-based pipeline in `start`;
-    or that is a flow-matching one of this kind, which is trained on. With a `tutor`, a score-based
-    pipeline on the same autoencoder, its means are learned instead of the pictures.
+    or that is a flow-matching one of this kind, which is trained on. With `tutors`, pipelines of
+    either kind on the same autoencoder, their means are learned instead of the pictures.
     """
     torch.manual_seed(seed)
     world = World()
@@ -199,23 +168,18 @@ def train_flow(
     networks = Trained(first, second, transformer).train()
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches, process = Batches(world, latents, batch, seed), Process(RectifiedFlow(), "flow")
-    tutoring = None
-    if tutor is not None:
-        taught = families.load(tutor)
-        assert isinstance(taught.process.schedule, VariancePreserving)
-        tutoring = Tutor(taught.denoiser, taught.process.schedule)
+    tutor = Tutor.load(tutors, process)
     network = fused(networks.network)
 
     def loss(step: int) -> Losses:
         x0, captions = batches(step)
         eps, t = torch.randn_like(x0), training_times(len(x0), 0.4, 1.0)
-        if tutoring:
-            t = tutoring.times(t)
+        if tutor:
+            t = tutor.times(t)
         x_t = process.add_noise(x0, eps, t)
         with torch.autocast("cpu", torch.bfloat16):
-            if tutoring:
-                x0 = tutoring(x_t, t, x0, taught.encode_prompts(captions))
-                eps = (x_t - (1 - per_example(t / STEPS, x_t)) * x0) / per_example(t / STEPS, x_t)
+            if tutor:
+                x0, eps = tutor(x_t, t, x0, captions)
             hidden, pooled = networks.encode(tokens(tokenizer, captions))
             with RepeatLast(LATENT_SIZE**2 + hidden.shape[1], PADDING):
                 v = network(x_t, hidden, pooled, t).sample
@@ -238,7 +202,7 @@ def train_flow(
     def show(_: nn.Module, step: int) -> None:
         contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png", columns=2)
 
-    plan = Fit(max_train_steps, learning_rate, folder, seed, muon_rate=muon_rate)
+    plan = Fit(max_train_steps, rate * ADAM_RATE, folder, seed, muon_rate=rate * MUON_RATE)
     fit(networks, loss, plan, show, show_every=1000)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
     forget_origins(folder / "pipeline")

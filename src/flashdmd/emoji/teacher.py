@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.tutor import Tutor
 from flashdmd.emoji.vae import LATENT_CHANNELS, pixels
 from flashdmd.emoji.words import learn_words
 from flashdmd.emoji.world import World
@@ -37,6 +38,7 @@ TEXT_WIDTH = 160
 TEXT_LENGTH = 24  # tokens: the longest caption of the world
 VOCABULARY = 3000  # and both forms of each byte
 NO_CAPTION = 0.1  # share of examples trained without a caption, for guidance
+ADAM_RATE, MUON_RATE = 5e-4, 4e-3  # learning rates at batch 128
 RENDERINGS = 16  # of each training picture, encoded once
 
 
@@ -179,13 +181,15 @@ def train_score(
     max_train_steps: int,
     lesson_steps: int = 3500,
     batch: int = 128,
-    learning_rate: float = 5e-4,
-    muon_rate: float = 4e-3,
+    rate: float = 1.0,
     seed: int = 0,
+    tutors: Sequence[Path] = (),
 ) -> StableDiffusionPipeline:
     """Trains the score-based teacher and writes it to `folder / "pipeline"`.
 
     `start` is an autoencoder, or a pipeline of this kind whose UNet is trained on; its words stay.
+    With `tutors`, pipelines of either kind on the same autoencoder, their means are learned
+    instead of the pictures.
     """
     torch.manual_seed(seed)
     world = World()
@@ -202,12 +206,15 @@ def train_score(
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches = Batches(world, latents, batch, seed)
     process = Process(VariancePreserving(), "v")
+    tutor = Tutor.load(tutors, process)
 
     def loss(step: int) -> Losses:
         x0, captions = batches(step)
         eps, t = torch.randn_like(x0), training_times(len(x0), 0.0, 1.0).long()
         x_t = process.add_noise(x0, eps, t)
         with torch.autocast("cpu", torch.bfloat16):
+            if tutor:
+                x0, eps = tutor(x_t, t, x0, captions)
             hidden = both.text_encoder(tokens(tokenizer, captions)).last_hidden_state
             v = both.network(x_t, t, encoder_hidden_states=hidden).sample
         return {"v": (v.float() - process.target(x0, eps, t)).square().mean()}
@@ -235,7 +242,7 @@ def train_score(
     def show(_: nn.Module, step: int) -> None:
         contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png")
 
-    plan = Fit(max_train_steps, learning_rate, folder, seed, muon_rate=muon_rate)
+    plan = Fit(max_train_steps, rate * ADAM_RATE, folder, seed, muon_rate=rate * MUON_RATE)
     fit(both, loss, plan, show, show_every=1000)
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
     forget_origins(folder / "pipeline")
