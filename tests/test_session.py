@@ -137,6 +137,18 @@ def test_each_learner_has_a_rate_and_moments_of_its_own(teacher: Teacher) -> Non
     assert len({id(learner.optimizer) for learner in run.learners.values()}) == 4
 
 
+@pytest.mark.parametrize(("asked", "rate"), [(None, 1e-3), (0.0, 0.0), (5e-4, 5e-4)])
+def test_the_generator_may_distil_at_another_rate_in_stage_2(
+    teacher: Teacher, asked: float | None, rate: float
+) -> None:
+    run = session(teacher, train={"learning_rate": 1e-3, "stage2_learning_rate": asked})
+    first, second = run.trainer("distill").learners, run.trainer("joint").learners
+    assert first["generator"].learning_rate == 1e-3
+    assert second["generator"].learning_rate == rate
+    assert second["generator"].optimizer is first["generator"].optimizer  # its moments go on
+    assert all(second[name] is first[name] for name in ("score", "discriminator", "preference"))
+
+
 @pytest.mark.parametrize("real_images", ["decoded", "raw"])
 def test_real_pictures_are_as_they_are_or_as_the_decoder_would_draw_them(
     teacher: Teacher, real_images: str

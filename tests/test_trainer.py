@@ -308,10 +308,17 @@ def test_warm_up_goes_on_in_the_next_stage() -> None:
     )
 
 
-def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody() -> None:
-    """By hand: the weight of the newest is 9/10, 9/11, 9/12, ... and never under 1 - ema_decay."""
+@pytest.mark.parametrize("before", [0, 4])
+def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody(
+    before: int,
+) -> None:
+    """By hand: the weight of the newest is 9/10, 9/11, 9/12, ... and never under 1 - ema_decay.
+
+    Updates of the stages `before` count.
+    """
     t, without = averaging(), trainer()
-    expected, n = weights(t)["student"], 0
+    t.state.before = {"generator": before, "score": 99}
+    expected, n = weights(t)["student"], before
     for updates in t.order * 3:
         t.iterate()
         without.iterate()
@@ -322,6 +329,6 @@ def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody(
             expected = [a + share * (b - a) for a, b in zip(expected, newest, strict=True)]
         for ours, theirs in zip(weights(t)["student"], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert n == 18  # some of them on either side of 1 - 0.7
+    assert n == 18 + before  # some of them on either side of 1 - 0.7
     ours, theirs = weights(t), weights(without)
     assert not changed({k: ours[k] for k in theirs}, theirs)

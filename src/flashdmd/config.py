@@ -76,6 +76,7 @@ class Train(Section):
     fake_score_learning_rate: Rate = 1e-6  # [DEF] psi
     discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights
     preference_learning_rate: Rate = 1e-6  # [DEF] G in stage 2, with Adam moments of its own
+    stage2_learning_rate: Rate | None = None  # [DEF] G's distilling updates of stage 2; None: as 1
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # DMD2
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
     adam_weight_decay: Rate = 0.01  # DMD2

@@ -49,6 +49,7 @@ RATES = {  # a run that left the finite is gone on with at lower ones
     "train.fake_score_learning_rate",
     "train.discriminator_learning_rate",
     "train.preference_learning_rate",
+    "train.stage2_learning_rate",
     "train.max_grad_norm",
 }
 MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the run it goes on from

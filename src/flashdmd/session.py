@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Session:
             algorithm,
             order,
             batches,
-            self.learners,
+            self.learners_of(stage),
             seed=recipe.train.seed,
             precision=torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None,
             calibration=recipe.train.gan_calibration_steps
@@ -124,6 +124,15 @@ class Session:
             student=None if self.student is self.generator else self.student,
             ema_decay=recipe.train.ema_decay,
         )
+
+    def learners_of(self, stage: Stage) -> dict[str, Learner]:
+        """Those of the run; in stage 2 the generator may distil at a rate of its own."""
+        rate = self.recipe.train.stage2_learning_rate
+        if stage == "distill" or rate is None:
+            return self.learners
+        return self.learners | {
+            "generator": replace(self.learners["generator"], learning_rate=rate)
+        }
 
     def take_over(self) -> None:
         """Stage 2 refines the student that stage 1 left, and is held to it as the reference."""

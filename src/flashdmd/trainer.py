@@ -169,11 +169,13 @@ class Trainer:
     @torch.no_grad()
     def average(self) -> None:
         """student <- d student + (1 - d) theta; d rises to `ema_decay`, so that a short run's
-        average reaches back over a ninth of it and not to the teacher that it started from.
+        average reaches back over a ninth of it and not to the teacher that it started from. Stage 2
+        counts on: it starts from an average and refines it.
         """
         if self.student is None:
             return
-        n = self.generator_updates + self.state.updates.get("preference", 0)
+        counts = self.state.before, self.state.updates
+        n = sum(count.get(name, 0) for count in counts for name in ("generator", "preference"))
         decay = min(self.ema_decay, n / (n + 9))
         theta = self.algorithm.generator.parameters()
         torch._foreach_lerp_(list(self.student.parameters()), list(theta), 1 - decay)
