@@ -499,6 +499,28 @@ def test_score_lag_does_not_take_noise_for_a_rise():
     assert verdicts.count("ok") >= 48
 
 
+def test_oscillation_sees_what_comes_back_and_no_drift():
+    n = np.arange(100)
+    wave, jitter = np.sin(2 * np.pi * n / 40), np.random.default_rng(0).standard_normal(100)
+    assert health.oscillation((1 + 0.02 * jitter).tolist()).verdict == "ok"
+    assert health.oscillation((1 + 0.1 * wave + 0.02 * jitter).tolist()).verdict == "warn"
+    assert health.oscillation((1 + 0.2 * wave + 0.02 * jitter).tolist()).verdict == "bad"
+    assert health.oscillation((1 - 0.2 * wave + 0.02 * jitter).tolist()).verdict == "bad"
+    assert health.oscillation((1 + n / 100 + 0.02 * jitter).tolist()).verdict == "ok"  # a drift
+    early = np.where(n < 20, 1 + 0.3 * wave, 1.0)
+    assert health.oscillation(early.tolist()).value == pytest.approx(0)
+    assert health.oscillation(early[:39].tolist()).verdict == "unknown"
+
+
+def test_oscillation_without_noise_is_exact_and_noise_is_none():
+    valley = [1.0] * 40 + [0.8] * 20 + [1.1] * 40
+    assert health.oscillation(valley).value == pytest.approx(0.2 / np.mean(valley[25:]))
+    rng = np.random.default_rng(0)
+    noise = 1 + 0.3 * rng.standard_normal((100, 100))
+    verdicts = [health.oscillation(row.tolist()).verdict for row in noise]
+    assert verdicts.count("ok") >= 97
+
+
 def test_d_overpowering_needs_loss_and_both_logits_and_looks_at_the_end():
     n = 200
     fine, dead = [1.3] * n, [0.01] * n
@@ -543,6 +565,7 @@ def test_reward_hacking_weighs_the_reward_against_held_out_figures(after, verdic
 def test_a_value_that_is_no_number_is_never_ok():
     losses = [0.1] * 99 + [math.nan]
     assert health.score_lag(losses).verdict == "unknown"
+    assert health.oscillation([1.0] * 99 + [math.nan]).verdict == "unknown"
     assert health.d_overpowering([math.nan] * 20, [2.0] * 20, [-2.0] * 20).verdict == "unknown"
 
 

@@ -96,7 +96,8 @@ PANELS = (
     Panel(
         "Latents of the student",
         (("latent/std", "standard deviation"),),
-        "Level. A rising spread is saturation to come; a falling one, washed-out colours.",
+        "Level. A rising spread is saturation to come; a falling one, washed-out colours; waves, "
+        "oscillation.",
     ),
 )
 

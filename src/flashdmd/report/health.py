@@ -1,5 +1,5 @@
-"""Verdicts on a run, by name: blur, saturation_drift, diversity_drop, score_lag, d_overpowering,
-reward_hacking.
+"""Verdicts on a run, by name: blur, saturation_drift, diversity_drop, score_lag, oscillation,
+d_overpowering, reward_hacking.
 
 Every value measures the failure it is named after, as a fraction: larger is worse, `limit` is where
 "ok" ends. Nothing here reads files or knows a network.
@@ -20,6 +20,7 @@ NAMES = (
     "saturation_drift",
     "diversity_drop",
     "score_lag",
+    "oscillation",
     "d_overpowering",
     "reward_hacking",
 )
@@ -36,6 +37,10 @@ SCORE_LAG_SKIPPED = 0.25  # of the run: a student that turns sharp is harder to 
 SCORE_LAG_SIGMAS = 3.0  # standard errors; a level loss passes for a rise in 1 % of runs at most
 BLOCKS = 10  # a running mean over tenths of the run
 FEWEST_LOSSES = 10 * BLOCKS
+OSCILLATION = (0.12, 0.25)  # stage 1 of the embedded teachers: 0.17 to 0.20 with momentum, which
+# cost KID a half in one seed of two, and 0.04 to 0.08 without (docs/log.md)
+OSCILLATION_BLOCKS = 20
+OSCILLATION_SIGMAS = 5.0  # of a block's mean; level noise goes past it in 1 % of runs at most
 D_SEPARATES = 1.0  # beyond this logit the hinge loss has no gradient
 D_HINGE = 0.1  # a discriminator that knows nothing has 2
 D_OVERPOWERING = (0.5, 0.9)  # of the last tenth of the updates
@@ -162,6 +167,47 @@ def score_lag(diffusion: Sequence[float]) -> Verdict:
     )
 
 
+def oscillation(spread: Sequence[float]) -> Verdict:
+    """How deep the spread of the student's latents swings during stage 1, as a share of its mean.
+
+    A swing goes one way and comes back: the value is the largest distance of a block of updates
+    from one before and one after it, whichever is nearer, so a lasting drift is none. The first
+    quarter is left out, in which the student turns from a denoiser into a generator.
+    """
+    if len(spread) < 2 * OSCILLATION_BLOCKS:
+        return unknown(
+            "oscillation",
+            f"It takes {2 * OSCILLATION_BLOCKS} generator updates of stage 1 to see a swing; the "
+            f"log holds {len(spread)}.",
+        )
+    values = np.asarray(spread, dtype=float)
+    blocks = np.array([b.mean() for b in np.array_split(values, OSCILLATION_BLOCKS)])
+    blocks = blocks[OSCILLATION_BLOCKS // 4 :]
+    swing = float(max(returned(blocks), returned(-blocks)))
+    noise = math.sqrt(np.mean(np.diff(values) ** 2) / 2 / (len(values) // OSCILLATION_BLOCKS))
+    depth = swing / float(blocks.mean())
+    if swing < OSCILLATION_SIGMAS * noise:
+        depth = min(depth, OSCILLATION[0])
+    return graded(
+        "oscillation",
+        depth,
+        OSCILLATION,
+        "The spread of the student's latents stays level: student and score estimator move "
+        "together.",
+        f"The spread of the student's latents swings by {depth:.0%}: student and score estimator "
+        "chase each other, and what a run leaves depends on when it ends. Lower adam_beta1 or "
+        "learning_rate, or raise ttur.",
+    )
+
+
+def returned(blocks: np.ndarray) -> float:
+    """The depth of the deepest valley: below the lower of the peaks on either side."""
+    return max(
+        float(min(blocks[:i].max(), blocks[i + 1 :].max()) - blocks[i])
+        for i in range(1, len(blocks) - 1)
+    )
+
+
 def d_overpowering(hinge: Sequence[float], real: Sequence[float], fake: Sequence[float]) -> Verdict:
     """The share of the last tenth of its updates in which the discriminator had nothing to learn.
 
@@ -252,12 +298,14 @@ def verdicts(
     pair = pictures(student, teacher)
     d_keys = ("hinge", "discriminator/real", "discriminator/fake")
     of_discriminator = [r for r in log if set(d_keys) <= r.keys()]
+    in_stage_1 = [r for r in log if r.get("stage") == "distill"]
     joint = "student-joint" in by_arm and "student-stage1" in by_arm
     return [
         blur(*pair),
         saturation_drift(*pair),
         diversity_drop(by_arm.get(student, {}), by_arm.get(teacher, {})),
         score_lag([float(r["diffusion"]) for r in log if "diffusion" in r]),
+        oscillation([float(r["latent/std"]) for r in in_stage_1 if "latent/std" in r]),
         d_overpowering(*([float(r[key]) for r in of_discriminator] for key in d_keys)),
         reward_hacking(by_arm["student-stage1"], by_arm["student-joint"])
         if joint

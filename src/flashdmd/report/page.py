@@ -84,6 +84,7 @@ VERDICTS = {  # what each name asks
     "saturation_drift": "Did colours or contrast leave the teacher's?",
     "diversity_drop": "Does one prompt still give different pictures?",
     "score_lag": "Does the score estimator keep up with the student?",
+    "oscillation": "Do student and score estimator settle?",
     "d_overpowering": "Has the discriminator stopped learning?",
     "reward_hacking": "Was the reward bought with quality?",
 }
