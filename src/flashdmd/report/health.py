@@ -292,7 +292,7 @@ def verdicts(
     rows: Sequence[Row],
     pictures: Callable[[str, str], tuple[np.ndarray, np.ndarray]],
 ) -> list[Verdict]:
-    """All six, of whatever is there; `pictures(a, b)` are two arms' for the same prompts."""
+    """All, of whatever is there; `pictures(a, b)` are two arms' for the same prompts."""
     by_arm = {str(row["arm"]): row for row in rows}
     student, teacher = student_of(list(by_arm)), teacher_of(list(by_arm))
     pair = pictures(student, teacher)
