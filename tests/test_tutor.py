@@ -10,6 +10,7 @@ from gaussian import Gaussian
 from flashdmd.emoji import flow, teacher
 from flashdmd.emoji.tutor import Asked, Tutor
 from flashdmd.emoji.world import ASSETS, World
+from flashdmd.errors import UserError
 from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
 
 CURVED, STRAIGHT = Process(VariancePreserving(), "v"), Process(RectifiedFlow(), "flow")
@@ -56,6 +57,11 @@ def test_where_a_score_based_tutor_has_no_step_the_picture_is_learned() -> None:
     assert torch.equal(mean[[0, -1]], x0[[0, -1]])
     assert not torch.isclose(mean[1:-1], x0[1:-1]).all(1).any()
     assert torch.equal(Tutor([knows(STRAIGHT)], STRAIGHT).times(t), t)  # which knows all times
+
+
+def test_a_tutor_of_other_latents_is_refused() -> None:
+    with pytest.raises(UserError, match=r"score: its latents are \(8, 8, 8\).*same autoencoder"):
+        Tutor.load([ASSETS / "score"], STRAIGHT, (4, 8, 8))
 
 
 @pytest.mark.parametrize("train", [flow.train_flow, teacher.train_score])

@@ -27,6 +27,7 @@ from transformers import (
 from flashdmd.emoji.fit import Fit, Losses, fit, fused
 from flashdmd.emoji.teacher import (
     ADAM_RATE,
+    LATENT_SHAPE,
     LATENT_SIZE,
     MUON_RATE,
     RENDERINGS,
@@ -168,7 +169,7 @@ def train_flow(
     networks = Trained(first, second, transformer).train()
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches, process = Batches(world, latents, batch, seed), Process(RectifiedFlow(), "flow")
-    tutor = Tutor.load(tutors, process)
+    tutor = Tutor.load(tutors, process, LATENT_SHAPE)
     network = fused(networks.network)
 
     def loss(step: int) -> Losses:

@@ -34,6 +34,7 @@ from flashdmd.schedule import STEPS, Process, VariancePreserving
 from flashdmd.seeds import seed_of
 
 LATENT_SIZE = 8
+LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 TEXT_WIDTH = 160
 TEXT_LENGTH = 24  # tokens: the longest caption of the world
 VOCABULARY = 3000  # and both forms of each byte
@@ -206,7 +207,7 @@ def train_score(
     latents = cache_latents(world, vae, folder / "latents.safetensors", RENDERINGS, seed)
     batches = Batches(world, latents, batch, seed)
     process = Process(VariancePreserving(), "v")
-    tutor = Tutor.load(tutors, process)
+    tutor = Tutor.load(tutors, process, LATENT_SHAPE)
 
     def loss(step: int) -> Losses:
         x0, captions = batches(step)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashdmd.emoji.fit import fused
+from flashdmd.errors import UserError
 from flashdmd.models import families
 from flashdmd.sampler import Cond, Denoiser
 from flashdmd.schedule import STEPS, Process, VariancePreserving, per_example
@@ -39,10 +40,17 @@ class Tutor:
         self.grid = straight(curved[0]) if curved else None  # (STEPS,) where one has steps only
 
     @classmethod
-    def load(cls, folders: Sequence[Path], process: Process) -> "Tutor | None":
-        """Of pipeline folders; of none none."""
+    def load(
+        cls, folders: Sequence[Path], process: Process, latents: tuple[int, int, int]
+    ) -> "Tutor | None":
+        """Of pipeline folders; of none none. Raises UserError for one of `latents` not these."""
         teachers = [families.load(folder) for folder in folders]
         for teacher in teachers:
+            if teacher.latent_shape != latents:
+                raise UserError(
+                    f"--tutor {teacher.folder}: its latents are {teacher.latent_shape} and those "
+                    f"to be learned {latents}; give a teacher on the same autoencoder"
+                )
             if teacher.family.kind == "flow":  # 128 latents take 0.25 s then instead of 0.36
                 teacher.denoiser.network = fused(teacher.denoiser.network)
         asked = [Asked(t.process, t.denoiser, t.encode_prompts) for t in teachers]
