@@ -210,6 +210,8 @@ def bar() -> Progress:
 
     def show(stage: str, done: int, of: int, record: dict[str, float]) -> None:
         if stage not in bars:
+            for earlier in bars.values():
+                earlier.close()  # else it counts the time of this stage as its own
             bars[stage] = tqdm(total=of, initial=done, desc=stage, unit="update", mininterval=1)
         numbers = {k: f"{record[k]:.3g}" for k in WATCHED if k in record}
         bars[stage].set_postfix(numbers, refresh=False)
