@@ -103,6 +103,20 @@ def test_real_held_out_renderings_are_at_no_distance(bench: Bench) -> None:
             assert kid(features, whole.real) < -0.1
 
 
+def test_trained_pairs_are_asked_for_by_name_only(bench: Bench) -> None:
+    """As many as are held out, none of them held out; KID's reference is of the same pictures."""
+    trained = Bench(Protocol(real_renderings=2, split="train"), bench.judge)
+    asked, reference = trained.of
+    emoji = trained.world.emoji
+    assert {emoji[i].split for i in asked.tolist()} == {"train"}
+    assert len(asked) == len(set(asked.tolist())) == len(trained.world.indices("test"))
+    assert sorted(asked.tolist() * 2) == sorted(reference.tolist())
+    assert [emoji[i].prompt for i in asked.tolist()] == trained.prompts
+    few = Bench(Protocol(num_prompts=48, real_renderings=2, split="train"), bench.judge)
+    assert few.prompts == trained.prompts[:48]
+    assert few.of[1].equal(reference)
+
+
 def test_diversity_is_the_naive_mean_of_distances() -> None:
     maps = [torch.randn(4, 6, 3, 3), torch.randn(4, 5, 2, 2)]
     total, n = 0.0, 4

@@ -5,7 +5,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -109,12 +109,20 @@ def evaluate(
         "emoji-reward"
     ),
     guidance: Annotated[float, typer.Option(min=0, help="Of teachers; students have theirs.")] = 3,
+    split: Annotated[
+        Literal["test", "train"],
+        typer.Option(help="Pairs of thing and style held out, or those that were trained on."),
+    ] = "test",
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of noise and of real renderings.")
+    ] = 1234,
 ) -> None:
     """Measure models side by side: same prompts, same noise, same judge."""
     from flashdmd import run
 
     named = None if reward == "none" else reward
-    typer.echo(f"Wrote {run.evaluate(models, output, num_prompts, named, guidance)}")
+    written = run.evaluate(models, output, num_prompts, named, guidance, split, seed)
+    typer.echo(f"Wrote {written}")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from flashdmd.config import Recipe
 from flashdmd.emoji import judge
 from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.teacher import SHOWN
-from flashdmd.emoji.world import ASSETS
+from flashdmd.emoji.world import ASSETS, Split
 from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
 from flashdmd.files import write_text
@@ -320,10 +320,13 @@ def evaluate(
     num_prompts: int = 276,
     reward: str | None = "emoji-reward",
     guidance: float = GUIDANCE,
+    split: Split = "test",
+    seed: int = Protocol.seed,
 ) -> Path:
     """Any models in one table: teachers at 50 and at 4 steps of `guidance`, students as trained.
 
-    The first row is of real pictures. Without a `reward` its column is empty.
+    The first row is of real pictures. Without a `reward` its column is empty. On the prompts of
+    `split` "train" a teacher shows what its steps do, on held-out ones also what it never saw.
     """
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file to write")
@@ -331,7 +334,8 @@ def evaluate(
     steps_of = {model: export.trained_steps(Path(model)) for model in models}
     rewards = {m: load_reward(reward, teacher) for m, teacher in teachers.items() if reward}
     output.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(Protocol(num_prompts=num_prompts), judge.load(ASSETS / "judge"))
+    protocol = Protocol(num_prompts=num_prompts, split=split, seed=seed)
+    bench = Bench(protocol, judge.load(ASSETS / "judge"))
     rows = [bench.measure(REAL, 0, bench.draw_real, None)]
     for model, teacher in teachers.items():
         trained = steps_of[model]

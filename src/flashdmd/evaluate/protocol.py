@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from flashdmd.emoji.judge import Judge, retrieval
-from flashdmd.emoji.world import STYLES, World
+from flashdmd.emoji.world import STYLES, Split, World
 from flashdmd.errors import UserError
 from flashdmd.evaluate.diversity import pairwise
 from flashdmd.evaluate.kid import interval, kid
 from flashdmd.seeds import seed_of
 
 VERSION = 3  # of everything in this folder that decides a number
+PICTURES = 276  # (concept, style) pairs of either split: as many as are held out
 BROAD = (  # prompts that many pictures answer
     "fluent emoji", "twemoji emoji", "noto emoji", "fluent emoji of a mammal",
     "noto emoji of a vehicle", "twemoji emoji of a fruit", "a bird emoji", "a building emoji",
@@ -35,9 +36,10 @@ Score = Callable[[np.ndarray, list[str]], Tensor]  # (pictures, prompts) -> (N,)
 class Protocol:
     """What is drawn and measured; two results are comparable if and only if this is equal."""
 
-    num_prompts: int = 276  # held-out (concept, style) pairs, one picture each
-    real_renderings: int = 4  # of each held-out picture, the reference of KID
+    num_prompts: int = PICTURES  # (concept, style) pairs, one picture each
+    real_renderings: int = 4  # of each of PICTURES, the reference of KID
     seed: int = 1234
+    split: Split = "test"  # held-out pairs, or "train": pairs that the teachers have seen
 
 
 class Bench:
@@ -45,17 +47,18 @@ class Bench:
 
     def __init__(self, protocol: Protocol, judge: Judge) -> None:
         self.protocol, self.judge, self.world = protocol, judge, World()
-        held_out = self.world.indices("test")
-        order = np.random.default_rng(seed_of("prompts")).permutation(len(held_out))
-        asked = [held_out[i] for i in order[: protocol.num_prompts]]
+        indices = self.world.indices(protocol.split)
+        order = np.random.default_rng(seed_of("prompts")).permutation(len(indices))
+        chosen = [indices[i] for i in order[:PICTURES]]
+        asked = chosen[: protocol.num_prompts]
         self.prompts = [self.world.emoji[i].prompt for i in asked]
         self.names = [self.world.emoji[i].name for i in asked]
-        reference = held_out * protocol.real_renderings
+        reference = sorted(chosen) * protocol.real_renderings
         self.of = torch.tensor(asked), torch.tensor(reference)  # pictures that KID keeps apart
 
     @cached_property
     def real_pictures(self) -> np.ndarray:
-        """(N, 3, H, W) real held-out pictures, the reference of KID."""
+        """(N, 3, H, W) real pictures of the split, the reference of KID."""
         rng = np.random.default_rng(seed_of("real", self.protocol.seed))
         return np.stack([self.world.render(int(i), rng) for i in self.of[1]])
 
