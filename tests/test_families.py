@@ -249,6 +249,24 @@ def test_a_truncated_weights_file_is_named(teacher: Teacher, tmp_path: Path) -> 
         families.load(copy)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("beside", ["nothing", "another file"])
+def test_pickled_weights_are_refused(whole: Path, tmp_path: Path, part: str, beside: str) -> None:
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (path,) = (copy / part).glob("*.safetensors")
+    pickled = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(path), path.with_name(pickled))
+    families.load(copy)  # a pickle beside safetensors does no harm
+    if beside == "nothing":
+        path.unlink()
+        said = rf"{part}/{pickled} is a pickle.*safetensors are accepted.*save_pretrained"
+    else:
+        path.rename(path.with_name("other.safetensors"))
+        said = r"cannot be loaded: .* no file named .*model\.safetensors"
+    with pytest.raises(UserError, match=said):
+        families.load(copy)
+
+
 def edited(path: Path, **values: object) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | values))

@@ -98,7 +98,10 @@ def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise UserError(f"{path} cannot be read as this network's weights: {e}") from e
+        raise UserError(
+            f"{path} cannot be read as this network's weights ({e}); give a student of this "
+            "teacher as safetensors, as `flashdmd train` writes it"
+        ) from e
 
 
 def trained(network: nn.Module) -> dict[str, Tensor]:

@@ -312,7 +312,7 @@ def load(folder: Path) -> Teacher:
     """Loads a pipeline folder of a supported family, in float32 and frozen.
 
     Raises UserError when the folder is missing, is no pipeline, is of a family that is not
-    supported, or holds weights that cannot be read.
+    supported, or holds weights that are pickled or cannot be read.
     """
     index = folder / "model_index.json"
     if not index.is_file():
@@ -328,10 +328,11 @@ def load(folder: Path) -> Teacher:
         raise UserError(f"{index} cannot be read as a pipeline index: {e!r}") from e
     if name not in FAMILIES:
         raise UserError(f"{folder} is a {name}; supported are {', '.join(FAMILIES)}")
+    refuse_pickles(folder)
     try:
         absent = dict.fromkeys(k for k, v in entries.items() if v == [None, None])
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, **absent
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **absent
         )
     except Exception as e:  # diffusers, transformers and safetensors each raise their own kinds
         raise UserError(f"the pipeline in {folder} cannot be loaded: {e}") from e
@@ -344,6 +345,17 @@ def load(folder: Path) -> Teacher:
             component.requires_grad_(False).eval()
     denoiser = NetworkDenoiser(getattr(pipeline, family.network), family, process)
     return Teacher(folder, family, pipeline, process, denoiser)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises UserError for a component that has no safetensors but weights of another format."""
+    for path in sorted(folder.glob("*/*.bin")):
+        if not any(path.parent.glob("*.safetensors")):
+            raise UserError(
+                f"{path} is a pickle, which may run any code when it is read; safetensors are "
+                "accepted: if you trust the folder, load it with DiffusionPipeline.from_pretrained "
+                "and write it anew with save_pretrained"
+            )
 
 
 def check_whole(folder: Path, pipeline: Any, network: str) -> None:
