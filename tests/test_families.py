@@ -32,6 +32,12 @@ def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return families.load(make(folder))
 
 
+@pytest.fixture(scope="module")
+def without_t5(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    folder = tmp_path_factory.mktemp("without") / "pipeline"
+    return families.load(tiny.flow_folder(folder, t5=False))
+
+
 @pytest.fixture
 def calls(teacher: Teacher) -> Iterator[list[tuple[dict, Tensor]]]:
     """Every call that the stock pipeline makes of its network: (keyword arguments, output)."""
@@ -99,6 +105,18 @@ def test_pictures_survive_the_autoencoders_own_scale(teacher: Teacher) -> None:
 
 
 def test_a_students_plain_call_is_our_sampler(teacher: Teacher, tmp_path: Path) -> None:
+    check_plain_call(teacher, tmp_path)
+
+
+def test_a_student_of_a_teacher_without_t5_is_called_as_plainly(
+    without_t5: Teacher, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="text_encoder_3"):
+        DiffusionPipeline.from_pretrained(without_t5.folder)
+    check_plain_call(without_t5, tmp_path)
+
+
+def check_plain_call(teacher: Teacher, tmp_path: Path) -> None:
     """Same noises, same picture: the first is given, the later ones are drawn in the same order."""
     steps = teacher.default_steps
     student = teacher.trainable_copy()
@@ -204,10 +222,11 @@ def test_one_token_counted_often_equals_equal_tokens() -> None:
     assert (unweighted - expected).abs().max() > 0.05
 
 
-def test_a_teacher_without_t5_reads_prompts_as_one_whose_t5_is_silent(tmp_path: Path) -> None:
+def test_a_teacher_without_t5_reads_prompts_as_one_whose_t5_is_silent(
+    without_t5: Teacher, tmp_path: Path
+) -> None:
     with_t5 = families.load(tiny.flow_folder(tmp_path / "with"))
-    without = families.load(tiny.flow_folder(tmp_path / "without", t5=False))
-    ours, theirs = with_t5.encode_prompts(PROMPTS), without.encode_prompts(PROMPTS)
+    ours, theirs = with_t5.encode_prompts(PROMPTS), without_t5.encode_prompts(PROMPTS)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name])
 

@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from flashdmd.algorithm import Method
+from flashdmd.emoji.flow import silent_t5
 from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.families import NetworkDenoiser, Teacher
@@ -51,9 +52,13 @@ def write_student(
 ) -> Path:
     """Writes `folder` whole or not at all: the teacher's pipeline with the student's network.
 
-    `card` becomes README.md. The weights are float32 as trained.
+    `card` becomes README.md. The weights are float32 as trained. Where an SD3 teacher has no T5,
+    the student gets one that says nothing: the plain call loads no such folder without.
     """
     parts = dict(teacher.pipeline.components)
+    if "text_encoder_3" in parts and parts["text_encoder_3"] is None:
+        width = teacher.pipeline.transformer.config.joint_attention_dim
+        parts["text_encoder_3"], parts["tokenizer_3"] = silent_t5(width)
     parts[teacher.family.network] = student.network
     parts["scheduler"] = scheduler_for(teacher, method.student_timesteps)
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
