@@ -93,7 +93,7 @@ def test_the_log_counts_what_was_done(finished: Path) -> None:
     assert joint[0]["gan_loss_weight"] == distill[-2]["gan_loss_weight"] != 0.1
 
 
-def test_the_student_is_a_stock_pipeline(finished: Path) -> None:
+def test_the_student_is_a_stock_pipeline(finished: Path, folders: dict[str, Path]) -> None:
     pipeline = DiffusionPipeline.from_pretrained(finished / "student")
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a cat", num_inference_steps=4, guidance_scale=0, output_type="np").images[0]
@@ -101,6 +101,7 @@ def test_the_student_is_a_stock_pipeline(finished: Path) -> None:
     assert len(pipeline.scheduler.timesteps) == 4
     card = (finished / "student/README.md").read_text()
     assert "num_inference_steps=4" in card
+    assert f"base_model: {folders['teacher'].name}\n" in card
     assert "2 generator updates. Then refined (stage 2, joint) for 1 generator updates." in card
     configs = list((finished / "student").glob("*/*config.json"))
     assert len(configs) > 3

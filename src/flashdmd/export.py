@@ -86,9 +86,7 @@ def trained_steps(folder: Path) -> tuple[int, ...] | None:
         raise UserError(f"{notes} cannot be read as a student's notes: {e!r}") from e
 
 
-def model_card(
-    name: str, teacher: Teacher, method: Method, guidance_note: str, table: str = ""
-) -> str:
+def model_card(name: str, teacher: Teacher, method: Method, guidance_note: str) -> str:
     """README.md of a student: how to call it, what it was trained from, what it cannot do."""
     steps = method.student_timesteps
     comfy = (
@@ -97,6 +95,8 @@ def model_card(
         else "sampler `lcm`, scheduler `simple`, cfg 1, ModelSamplingSD3 shift 1"
     )
     return f"""---
+base_model: {teacher.folder.name}
+license: other
 library_name: diffusers
 tags:
 - text-to-image
@@ -123,6 +123,4 @@ Guidance is part of the weights: leave `guidance_scale` at 0; negative prompts h
 - ComfyUI: {comfy}, {len(steps)} steps.
 - Teacher guidance while distilling: {method.teacher_guidance_scale}.
 - The licence of the base model applies.
-
-{table}
 """
