@@ -14,7 +14,7 @@ from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.models import families
 from flashdmd.models.families import Teacher
-from flashdmd.session import Session, open_session
+from flashdmd.session import Session, cut_torn_line, open_session
 
 PROMPTS = ("a cat emoji", "a red apple", "fluent emoji of a sad dog", "two hearts", "a ship")
 
@@ -57,6 +57,17 @@ def disturb(network: nn.Module) -> None:
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("a\nb\n", "a\nb\n"), ("a\nb", "a\n"), ("b", ""), ("", ""), (None, None)]
+)
+def test_a_torn_line_is_cut(before: str | None, after: str | None, tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    if before is not None:
+        log.write_text(before)
+    cut_torn_line(log)
+    assert (log.read_text() if log.exists() else None) == after
 
 
 def test_the_teacher_is_guided_as_the_recipe_says(teacher: Teacher) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -281,6 +282,7 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
+    cut_torn_line(log)
     with stoppable() as asked_to_stop:
         while trainer.state.updates.get(counted, 0) < target or not trainer.at_boundary:
             record = trainer.iterate()
@@ -305,6 +307,13 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
             save(session, trainer)
         if asked_to_stop():
             raise stopped(trainer, output)
+
+
+def cut_torn_line(log: Path) -> None:
+    """Takes out the part of a last line that a kill or a full disk left; it is logged again."""
+    lines = log.read_bytes() if log.exists() else b""
+    if lines and not lines.endswith(b"\n"):
+        os.truncate(log, lines.rfind(b"\n") + 1)
 
 
 def stopped(trainer: Trainer, output: Path) -> Interrupted:
