@@ -185,6 +185,17 @@ def test_calibration_makes_the_gradient_ratio_what_was_asked() -> None:
     assert len({r["gan_loss_weight"] for r in late[1:]}) == 1
 
 
+def test_the_log_says_at_which_steps_the_norms_were_taken() -> None:
+    t = trainer("distill", Method(adversarial_timesteps=(499, 249)))
+    drawn, draw = [], t.algorithm.draw_steps
+    t.algorithm.draw_steps = lambda rng: drawn.append(draw(rng)) or drawn[-1]
+    records = [t.iterate() for _ in range(16)]
+    names = ("generator/t_matching", "generator/t_adversarial")
+    assert [tuple(r[name] for name in names) for r in records[::2]] == drawn[::2]
+    assert all(len(set(steps)) > 1 for steps in zip(*drawn[::2], strict=True))
+    assert not any(name in r for r in records[1::2] for name in names)
+
+
 def test_the_norms_of_both_terms_are_of_the_gradients_that_were_added() -> None:
     """Each step has parameters of its own, so the squares of the terms add up to the whole."""
     t = trainer("distill", Method(gan_gradient_ratio=None))

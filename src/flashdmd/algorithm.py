@@ -159,6 +159,7 @@ class Rollout:
     """
 
     t: int
+    t_hat: int
     x0: dict[int, Tensor]  # G(x_s, s) at every step s of the student
     image: Tensor | None  # V(G(x_hat, t_hat)), what the discriminator sees
 
@@ -221,7 +222,7 @@ class FlashDMD:
             else:
                 x_hat = (before.x_t | {t: before.end} | after.x_t)[t_hat]
         image = self.decode(self.generator(x_hat, times(t_hat, noise), cond))
-        return Rollout(t, before.x0 | {t: x0} | after.x0, image)
+        return Rollout(t, t_hat, before.x0 | {t: x0} | after.x0, image)
 
     def generator_loss(self, samples: Rollout, cond: Cond) -> Loss:
         """L_DM at a high-noise step and L_adv at a low-noise step; at one if there is but one."""

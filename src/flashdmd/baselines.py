@@ -80,7 +80,7 @@ class DMD2:
         """x_t <- backward simulation; x_0 <- G(x_t, t), differentiable unless under `no_grad`."""
         with torch.no_grad():
             before = self.sampler.walk(self.generator, noise, cond, stop=t)
-        return Rollout(t, {t: self.generator(before.end, times(t, noise), cond)}, None)
+        return Rollout(t, t_hat, {t: self.generator(before.end, times(t, noise), cond)}, None)
 
     def generator_loss(self, samples: Rollout, cond: Cond) -> Loss:
         x0 = samples.x0[samples.t]

@@ -153,6 +153,8 @@ class Trainer:
                 loss = self.loss(update, samples, batch)
             with self.stopwatch.part(REST):
                 record = self.backward(update, loss)
+        if update == "generator" and samples:
+            record |= {"generator/t_matching": samples.t, "generator/t_adversarial": samples.t_hat}
         for name in names:
             done = self.state.updates.get(name, 0)
             with self.stopwatch.part("optimizers"):
