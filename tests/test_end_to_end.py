@@ -1,8 +1,10 @@
 """Whole runs of real pipelines at tiny size: both stages, stopped, resumed, written, drawn."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from flashdmd import compare, config, run
+from flashdmd import cli, compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.session import load_teacher, open_session, stoppable
+from flashdmd.report.run import parsed
+from flashdmd.session import Session, load_teacher, open_session, stoppable
+from flashdmd.trainer import Trainer
 
 
 @pytest.fixture(scope="module", params=["score", "flow"])
@@ -168,6 +172,71 @@ def test_a_run_stopped_anywhere_ends_as_the_run_that_was_not(
     assert all("The same command goes on from there" in said for said in stops)
     ours, theirs = weights(tmp_path / "run"), weights(finished)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_line_torn_by_a_kill_takes_no_other_with_it(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    one, two = (["train.joint_train_steps=0", f"train.max_train_steps={n}"] for n in (1, 2))
+    run.train(recipe(folders, tmp_path / "run", family, *one), progress=quiet)
+    log = tmp_path / "run/metrics.jsonl"
+    log.write_text(log.read_text() + '{"iteration": 3, "stage": "dist')
+    run.train(recipe(folders, tmp_path / "run", family, *two), progress=quiet)
+    records, torn = parsed(log.read_text())
+    assert [r["iteration"] for r in records] == [1, 2, 3, 4]
+    assert not torn
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # what was read is still mapped
+
+
+@pytest.mark.parametrize("name", ["student-stage1", "student"])
+def test_a_disk_that_is_full_when_a_student_is_written_loses_nothing(
+    finished: Path,
+    folders: dict[str, Path],
+    family: str,
+    name: str,
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write, ballast = run.write_student, disk / "ballast"
+
+    def without_room(session: Session, trainer: Trainer, student: str) -> Path:
+        if student == name and not ballast.exists():
+            free = shutil.disk_usage(disk).free
+            ballast.write_bytes(bytes(free - 2**16))  # a few configs fit, and no weights
+        return write(session, trainer, student)
+
+    monkeypatch.setattr(run, "write_student", without_room)
+    again = recipe(folders, disk / "run", family)
+    (disk / "recipe.yaml").write_text(config.dump(again))
+    monkeypatch.setattr("sys.argv", ["flashdmd", "train", str(disk / "recipe.yaml")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "No space left on device" in said
+    assert "with room, the same command goes on" in said
+    assert "Traceback" not in said
+    left = {path.name for path in (disk / "run").iterdir() if "student" in path.name}
+    assert left == {"student-stage1"} - {name}
+    ballast.write_bytes(b"")
+    run.train(again, progress=quiet)
+    for student in ("student-stage1", "student"):
+        ours, theirs = weights(disk / "run", student), weights(finished, student)
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    made = [(r / "metrics.jsonl").read_text().count("\n") for r in (disk / "run", finished)]
+    assert made[0] == made[1]  # nothing was done twice
 
 
 def test_another_recipe_in_the_same_folder_is_refused(
