@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashdmd import cli
+from flashdmd.emoji.world import ASSETS
 from flashdmd.files import replace_folder, write_text
 
 
@@ -185,3 +187,65 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (tmp_path / "b").rename(beside / "a").rename(beside / "no/where")
     assert (target / "a").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def cut_short(folder: Path, component: str) -> Path:
+    """The shipped teacher in `folder`, with half of one component's weights."""
+    shutil.copytree(ASSETS / "score", folder)
+    (weights,) = (folder / component).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "key", "said"),
+    [
+        (
+            lambda given: None,
+            "model.student_model_name_or_path",
+            "unet/diffusion_pytorch_model.safetensors cannot be read as this network's weights",
+        ),
+        (
+            lambda given: cut_short(given, "unet"),
+            "model.student_model_name_or_path",
+            "unet/diffusion_pytorch_model.safetensors cannot be read as this network's weights",
+        ),
+        (
+            lambda given: cut_short(given, "unet"),
+            "model.pretrained_model_name_or_path",
+            "the pipeline in given cannot be loaded",
+        ),
+        (
+            lambda given: cut_short(given, "text_encoder"),
+            "model.pretrained_model_name_or_path",
+            "the pipeline in given cannot be loaded",
+        ),
+        (
+            lambda given: None,
+            "model.reward_model_name_or_path",
+            "the reward model in given cannot be read",
+        ),
+        (
+            lambda given: given.write_bytes(b"a cat in a caf\xe9"),
+            "data.prompts",
+            "the prompt file given is not UTF-8",
+        ),
+    ],
+)
+def test_what_a_run_is_given_and_cannot_read_is_named_before_anything_is_written(
+    spoil: Callable[[Path], object],
+    key: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spoil(Path("given"))
+    before = list(tmp_path.iterdir())
+    assert call(monkeypatch, "train", "emoji-score", f"{key}=given") == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "flashdmd: " in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == before
