@@ -25,6 +25,9 @@ def test_every_arm_costs_what_it_says(tmp_path: Path) -> None:
     assert (rl.train.stage2, rl.train.joint_train_steps) == ("rl", 200)
     assert rl.train.max_train_steps == 0
     assert rl.model.student_model_name_or_path == str(tmp_path / "flash-dmd/student-stage1")
+    only = compare.variant(base, compare.PLAN["rl-only"], 3, tmp_path)
+    assert only.train == rl.train
+    assert only.model.student_model_name_or_path is None
     flash = compare.variant(base, compare.PLAN["flash-dmd"], 3, tmp_path)
     assert flash.output_dir == str(tmp_path / "flash-dmd")
     assert flash.method == base.method
@@ -55,7 +58,7 @@ def test_what_was_done_again_after_a_resume_costs_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arms", "said"),
     [
-        (["flash-dmd", "lcm"], "no arm 'lcm'; there are flash-dmd, rl, dmd2"),
+        (["flash-dmd", "lcm"], "no arm 'lcm'; there are flash-dmd, rl, rl-only, dmd2"),
         (["rl"], "name both"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
+from flashdmd import run
 from flashdmd.emoji import judge, pairs
 from flashdmd.emoji.judge import Judge, retrieval
 from flashdmd.emoji.world import ASSETS
@@ -13,6 +14,7 @@ from flashdmd.errors import UserError
 from flashdmd.evaluate.diversity import pairwise
 from flashdmd.evaluate.kid import BOOTSTRAPS, DEGREE, interval, kid
 from flashdmd.evaluate.protocol import Bench, Protocol, as_images, table
+from flashdmd.export import Notes
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,25 @@ def test_real_held_out_renderings_are_at_no_distance(bench: Bench) -> None:
         assert abs(kid(features, whole.real, of)) < far
         if pictures == same:
             assert kid(features, whole.real) < -0.1
+
+
+def test_a_teacher_is_drawn_as_the_students_beside_it_were_distilled() -> None:
+    student, other = Notes((999, 499), 1.5, 9), Notes((999,), 2.0, 9)
+    assert run.ways({"t": None, "s": student}, None) == {
+        "t-50": ("t", 50, 1.5),
+        "t-2": ("t", 2, 1.5),
+        "s": ("s", 2, 0.0),
+    }
+    assert run.ways({"t": None}, None) == {"t-50": ("t", 50, 3.0), "t-4": ("t", 4, 3.0)}
+    assert run.ways({"t": None, "s": student, "o": other}, 0.0) == {
+        "t-50": ("t", 50, 0.0),
+        "t-1": ("t", 1, 0.0),
+        "t-2": ("t", 2, 0.0),
+        "s": ("s", 2, 0.0),
+        "o": ("o", 1, 0.0),
+    }
+    with pytest.raises(UserError, match=r"guidance 1.5 and 2.0; say with --guidance"):
+        run.ways({"s": student, "o": other}, None)
 
 
 def test_trained_pairs_are_asked_for_by_name_only(bench: Bench) -> None:

@@ -319,17 +319,19 @@ def test_warm_up_goes_on_in_the_next_stage() -> None:
     )
 
 
-@pytest.mark.parametrize("before", [0, 9])
+@pytest.mark.parametrize(("before", "averaged"), [(0, 0), (9, 0), (2, 7)])
 def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody(
     before: int,
+    averaged: int,
 ) -> None:
     """By hand: the weight of the newest is 9/10, 9/11, 9/12, ... and never under 1 - ema_decay.
 
-    Updates of the stages `before` count.
+    Updates of the stages `before` count, and those `averaged` in the student it started from.
     """
     t, without = averaging(), trainer()
-    t.state.before = {"generator": before, "score": 99}
-    expected, n = weights(t)["student"], before
+    t.state = t.state.for_next_stage()
+    t.state.before, t.state.averaged = {"generator": before, "score": 99}, averaged
+    expected, n = weights(t)["student"], before + averaged
     for updates in t.order * 3:
         t.iterate()
         without.iterate()
@@ -340,6 +342,7 @@ def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody(
             expected = [a + share * (b - a) for a, b in zip(expected, newest, strict=True)]
         for ours, theirs in zip(weights(t)["student"], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert n == 18 + before  # with 9 before it reaches 21, from where on 1 - 0.7 holds
+    # with 9 before it reaches 21, from where on 1 - 0.7 holds
+    assert n == t.averaged == 18 + before + averaged
     ours, theirs = weights(t), weights(without)
     assert not changed({k: ours[k] for k in theirs}, theirs)

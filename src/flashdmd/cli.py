@@ -108,7 +108,10 @@ def evaluate(
     reward: Annotated[str, typer.Option(help="A reward's folder, emoji-reward, or none.")] = (
         "emoji-reward"
     ),
-    guidance: Annotated[float, typer.Option(min=0, help="Of teachers; students have theirs.")] = 3,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of teachers; default: the students', beside none 3."),
+    ] = None,
     split: Annotated[
         Literal["test", "train"],
         typer.Option(help="Pairs of thing and style held out, or those that were trained on."),
@@ -130,10 +133,12 @@ def compare(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or emoji-score or emoji-flow.")],
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 3,
-    arms: Annotated[str, typer.Option(help="Some of them, with commas.")] = "flash-dmd,rl,dmd2",
+    arms: Annotated[
+        str, typer.Option(help="Some of them, with commas.")
+    ] = "flash-dmd,rl,rl-only,dmd2",
     output_dir: Annotated[Path, typer.Option()] = Path("runs/compare"),
 ) -> None:
-    """Flash-DMD, RL alone and DMD2 at equal cost, several seeds, in one table."""
+    """Flash-DMD, RL alone, DMD2 at equal cost: several seeds in one table."""
     from flashdmd import compare, config
 
     planned = [arm.strip() for arm in arms.split(",")]

@@ -30,7 +30,8 @@ from flashdmd.session import load_reward, load_teacher, write_json
 FIGURES = ("kid", "retrieval", "reward", "held_out_reward", "diversity")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 1..9 degrees of freedom
 STAGE_1, JOINT = "flash-dmd, stage 1", "flash-dmd, joint RL"
-RL, DMD2 = "stage 1, then RL alone", "dmd2, equal cost"
+RL, RL_ONLY = "stage 1, then RL alone", "RL alone, no distillation"
+DMD2 = "dmd2, equal cost"
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,20 @@ def dmd2(recipe: Recipe, _: Path) -> dict[str, Any]:
 
 def rl(recipe: Recipe, seed: Path) -> dict[str, Any]:
     """As many preference updates as the joint stage makes, on the same student, without it."""
+    student = str(seed / "flash-dmd/student-stage1")
+    return rl_only(recipe, seed) | {"model.student_model_name_or_path": student}
+
+
+def rl_only(recipe: Recipe, _: Path) -> dict[str, Any]:
+    """The same preference updates on the teacher itself, walking the student's few steps."""
     updates = recipe.train.joint_train_steps * recipe.method.preferences_per_distillation
-    return {
-        "model.student_model_name_or_path": str(seed / "flash-dmd/student-stage1"),
-        "train.max_train_steps": 0,
-        "train.stage2": "rl",
-        "train.joint_train_steps": updates,
-    }
+    return {"train.max_train_steps": 0, "train.stage2": "rl", "train.joint_train_steps": updates}
 
 
 PLAN = {
     "flash-dmd": Planned("flash-dmd", flash, {STAGE_1: "student-stage1", JOINT: "student"}),
     "rl": Planned("rl", rl, {RL: "student"}),
+    "rl-only": Planned("rl-only", rl_only, {RL_ONLY: "student"}),
     "dmd2": Planned("dmd2", dmd2, {DMD2: "student"}),
 }
 
@@ -95,10 +98,10 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
         raise UserError(
             "train.max_train_steps=0: a comparison starts with stage 1; name the generator updates"
         )
-    if "rl" in arms and not stage_2:
+    if (preferring := [a for a in arms if a in ("rl", "rl-only")]) and not stage_2:
         raise UserError(
-            "the arm 'rl' makes as many preference updates as stage 2, which makes none: "
-            f"train.joint_train_steps={recipe.train.joint_train_steps}, "
+            f"the arm {preferring[0]!r} makes as many preference updates as stage 2, which makes "
+            f"none: train.joint_train_steps={recipe.train.joint_train_steps}, "
             f"method.preferences_per_distillation={recipe.method.preferences_per_distillation}"
         )
     recipes = {

@@ -1,6 +1,7 @@
 """The student as a stock diffusers pipeline folder: the plain call runs the trained steps."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,18 @@ def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
 
 
 def write_student(
-    teacher: Teacher, student: NetworkDenoiser, method: Method, folder: Path, card: str
+    teacher: Teacher,
+    student: NetworkDenoiser,
+    method: Method,
+    folder: Path,
+    card: str,
+    averaged: int = 0,
 ) -> Path:
     """Writes `folder` whole or not at all: the teacher's pipeline with the student's network.
 
-    `card` becomes README.md. The weights are float32 as trained. Where an SD3 teacher has no T5,
-    the student gets one that says nothing: the plain call loads no such folder without.
+    `card` becomes README.md; `averaged` are the updates in the weights, where a run from this
+    student counts on. The weights are float32 as trained. Where an SD3 teacher has no T5, the
+    student has one that says nothing: the plain call does not load a folder without.
     """
     parts = dict(teacher.pipeline.components)
     if "text_encoder_3" in parts and parts["text_encoder_3"] is None:
@@ -66,6 +73,7 @@ def write_student(
     notes = {
         "student_timesteps": method.student_timesteps,
         "teacher_guidance_scale": method.teacher_guidance_scale,
+        "averaged_updates": averaged,
     }
     with replace_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
@@ -75,15 +83,33 @@ def write_student(
     return folder
 
 
-def trained_steps(folder: Path) -> tuple[int, ...] | None:
-    """The steps a student folder was trained for; None for any other pipeline."""
-    notes = folder / NOTES
-    if not notes.is_file():
+@dataclass(frozen=True)
+class Notes:
+    """What a student folder says of itself beside its weights."""
+
+    steps: tuple[int, ...]
+    guidance: float  # of the teacher that it was distilled from
+    averaged: int
+
+
+def notes_of(folder: Path) -> Notes | None:
+    """The notes of a student; None for any other pipeline. Raises UserError for broken ones."""
+    path = folder / NOTES
+    if not path.is_file():
         return None
     try:
-        return tuple(int(t) for t in json.loads(notes.read_text("utf-8"))["student_timesteps"])
+        said = json.loads(path.read_text("utf-8"))
+        steps = tuple(int(t) for t in said["student_timesteps"])
+        guidance = float(said["teacher_guidance_scale"])
+        return Notes(steps, guidance, int(said.get("averaged_updates", 0)))
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{notes} cannot be read as a student's notes: {e!r}") from e
+        raise UserError(f"{path} cannot be read as a student's notes: {e!r}") from e
+
+
+def trained_steps(folder: Path) -> tuple[int, ...] | None:
+    """The steps a student folder was trained for; None for any other pipeline."""
+    notes = notes_of(folder)
+    return notes.steps if notes else None
 
 
 def model_card(name: str, teacher: Teacher, method: Method, guidance_note: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -201,7 +202,9 @@ def write_student(session: Session, trainer: Trainer, name: str) -> Path:
         note += f"{made.updates.get(unit, 0)} {unit} updates."
     card = export.model_card(name, teacher, recipe.method, note)
     folder = session.output / name
-    return export.write_student(teacher, session.student, recipe.method, folder, card)
+    return export.write_student(
+        teacher, session.student, recipe.method, folder, card, trainer.averaged
+    )
 
 
 def bar() -> Progress:
@@ -230,7 +233,6 @@ def full(recipe: Recipe, resume: bool = True) -> Path:
 
 
 DEMO = {  # the shipped recipes, measured on fewer pictures: a quarter of an hour on two cores
-    "train.checkpointing_steps": 25,
     "validation.num_prompts": 96,
 }
 
@@ -319,38 +321,58 @@ def evaluate(
     output: Path,
     num_prompts: int = 276,
     reward: str | None = "emoji-reward",
-    guidance: float = GUIDANCE,
+    guidance: float | None = None,
     split: Split = "test",
     seed: int = Protocol.seed,
 ) -> Path:
-    """Any models in one table: teachers at 50 and at 4 steps of `guidance`, students as trained.
+    """Any models in one table: students as trained, teachers at 50 steps and at the students'.
 
-    The first row is of real pictures. Without a `reward` its column is empty. On the prompts of
-    `split` "train" a teacher shows what its steps do, on held-out ones also what it never saw.
+    Teachers are guided by `guidance`; if it is not given, as the students' were. Beside no student
+    it is 3 and the few steps are 4. The first row is of real pictures. Without a `reward` its
+    column is empty. On the prompts of `split` "train" a teacher shows what its steps do, on
+    held-out ones also what it never saw.
     """
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file to write")
     teachers = {model: load_teacher(model) for model in models}  # what is missing is missed now
-    steps_of = {model: export.trained_steps(Path(model)) for model in models}
+    arms = ways({model: export.notes_of(Path(model)) for model in models}, guidance)
     rewards = {m: load_reward(reward, teacher) for m, teacher in teachers.items() if reward}
     output.parent.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(num_prompts=num_prompts, split=split, seed=seed)
     bench = Bench(protocol, judge.load(ASSETS / "judge"))
     rows = [bench.measure(REAL, 0, bench.draw_real, None)]
-    for model, teacher in teachers.items():
-        trained = steps_of[model]
-        ways = (
-            {f"{model}": (len(trained), 0.0)}
-            if trained
-            else {f"{model}-{n}": (n, guidance) for n in (TEACHER_STEPS, 4)}
-        )
-        for arm, (steps, scale) in ways.items():
-            one = Arm(teacher, steps, scale)
-            score = scorer(rewards[model], teacher) if reward else None
-            rows.append(bench.measure(arm, one.nfe, one.draw, score))
+    for name, (model, steps, scale) in arms.items():
+        arm = Arm(teachers[model], steps, scale)
+        score = scorer(rewards[model], arm.teacher) if reward else None
+        rows.append(bench.measure(name, arm.nfe, arm.draw, score))
     fingerprint = bench.fingerprint(rewards[models[0]].network if reward else None)
     write_json(output, {"fingerprint": fingerprint, "rows": rows})
     return output
+
+
+def ways(
+    models: Mapping[str, export.Notes | None], guidance: float | None
+) -> dict[str, tuple[str, int, float]]:
+    """How each model is drawn, by arm: (model, steps, guidance); what has no notes is a teacher.
+
+    Raises UserError when the students were not distilled at one guidance and none is given.
+    """
+    students = [notes for notes in models.values() if notes]
+    theirs = sorted({s.guidance for s in students})
+    if guidance is None and len(theirs) > 1:
+        raise UserError(
+            f"these students were distilled at guidance {' and '.join(map(str, theirs))}; say with "
+            "--guidance which one the teachers beside them are drawn at"
+        )
+    scale = guidance if guidance is not None else theirs[0] if theirs else GUIDANCE
+    few = sorted({len(s.steps) for s in students} or {4})
+    arms = {}
+    for model, notes in models.items():
+        if notes:
+            arms[model] = (model, len(notes.steps), 0.0)
+        else:
+            arms |= {f"{model}-{n}": (model, n, scale) for n in (TEACHER_STEPS, *few)}
+    return arms
 
 
 def sample(

@@ -186,6 +186,7 @@ def open_session(recipe: Recipe) -> Session:
     judged_by = recipe.model.reward_model_name_or_path
     scored = load_reward(judged_by, teacher) if judged_by else None  # it measures stage 1 as well
     reward = scored if recipe.train.joint_train_steps else None
+    notes = export.notes_of(Path(student)) if student else None
     networks = generator, score, discriminator, learners
     averages = train.ema_decay > 0
     session = Session(
@@ -196,6 +197,7 @@ def open_session(recipe: Recipe) -> Session:
         student=copy.deepcopy(generator).requires_grad_(False) if averages else generator,
         reward=reward,
         prompts=prompts,
+        start=State(averaged=notes.averaged if notes else 0),
     )
     for module, part in (
         (generator, "student"),

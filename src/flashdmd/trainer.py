@@ -62,6 +62,7 @@ class State:
     updates: dict[str, int] = field(default_factory=dict)  # by learner
     images: int = 0  # cost: batch x iterations in which the score estimator learned
     before: dict[str, int] = field(default_factory=dict)  # updates of the stages before
+    averaged: int = 0  # updates in the average that the run started from: another run's student
     gan_loss_weight: float | None = None  # lambda_adv; None: the method's, until it is calibrated
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
 
@@ -70,6 +71,7 @@ class State:
         return State(
             images=self.images,
             before=dict(self.updates),
+            averaged=self.averaged,
             gan_loss_weight=self.gan_loss_weight,
         )
 
@@ -102,6 +104,13 @@ class Trainer:
     @property
     def generator_updates(self) -> int:
         return self.state.updates.get("generator", 0)
+
+    @property
+    def averaged(self) -> int:
+        """Updates of the generator that the student averages, those of earlier runs too."""
+        counts = self.state.before, self.state.updates
+        made = (count.get(name, 0) for count in counts for name in ("generator", "preference"))
+        return self.state.averaged + sum(made)
 
     @property
     def at_boundary(self) -> bool:
@@ -172,13 +181,11 @@ class Trainer:
     def average(self) -> None:
         """student <- d student + (1 - d) theta; d rises to `ema_decay`, so that a short run's
         average reaches back over a ninth of it and not to the teacher that it started from. Stage 2
-        counts on: it starts from an average and refines it.
+        and a run from another's student count on: they start from an average and refine it.
         """
         if self.student is None:
             return
-        counts = self.state.before, self.state.updates
-        n = sum(count.get(name, 0) for count in counts for name in ("generator", "preference"))
-        decay = min(self.ema_decay, n / (n + 9))
+        decay = min(self.ema_decay, self.averaged / (self.averaged + 9))
         theta = self.algorithm.generator.parameters()
         torch._foreach_lerp_(list(self.student.parameters()), list(theta), 1 - decay)
 
