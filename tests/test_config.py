@@ -50,6 +50,9 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
         ("method.dfake_gen_update_ratio=5", "here it is called method.ttur"),
         ("method.denoising_step_list=[999]", "here it is called method.student_timesteps"),
         ("trian.seed=1", "unknown key 'trian'"),
+        ("seed=1", "unknown key 'seed'; did you mean train.seed?"),
+        ("train.use_ema=true", "unknown key 'train.use_ema'; here it is called train.ema_decay"),
+        ("model.revision=x", "unknown key 'model.revision'\nvalid here"),  # nothing is near
         ("method.ttur=many", "method.ttur='many'"),
         ("method.ttur=1.5", "method.ttur=1.5"),
         ("method.ttur=0", "ttur=0"),

@@ -44,13 +44,13 @@ class Method:
     renoise_shift: float = 1.0  # [DEF] a flow teacher's own shift (RTDMD); 1 draws uniformly
 
     score_loss: Literal["native", "eps", "x0"] = "native"  # [DEF] eps for SDXL, v for SD3
-    score_times: Literal["uniform", "logit_normal"] = "uniform"  # 1..999 (DMD2: 0..999); or SD3's
+    score_times: Literal["uniform", "logit_normal"] = "uniform"  # [DEF] 1..999 (DMD2: 0..); SD3's
     score_coupling: float = 0.98  # [DEF] lambda_ema of Eq. 11; SenseFlow's
     ttur: int = 2  # score and discriminator updates a generator update (paper: 1 or 2)
 
-    adversarial_input: Literal["finished", "sampler_state"] = "finished"  # B(x, 0), re-noised
+    adversarial_input: Literal["finished", "sampler_state"] = "finished"  # [DEF] B(x, 0), re-noised
     real_images: Literal["decoded", "raw"] = "decoded"  # [DEF] V(E(x)): D cannot judge V itself
-    gan_loss_weight: float = 0.1  # [DEF] lambda_adv, where calibration starts
+    gan_loss_weight: float = 0.1  # [DEF] lambda_adv, where calibration starts (SenseFlow, SD3.5)
     gan_gradient_ratio: float | None = 0.25  # [DEF] |lambda grad L_adv| / |grad L_DM|; None: fixed
 
     candidates: int = 4  # K

@@ -44,6 +44,10 @@ ALIASES = {  # what other tools call it: its name here
     "batch_size": "train.train_batch_size",
     "max_iter": "train.max_train_steps (generator updates, one in method.ttur iterations)",
     "lr": "train.learning_rate",
+    "use_ema": "train.ema_decay (0: none)",
+    "validation_prompts": "validation.prompts",
+    "validation_prompt": "validation.prompts (a list)",
+    "dataset_name": "data.train_data_dir (a folder)",
 }
 
 
@@ -72,16 +76,16 @@ class Train(Section):
     stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
     train_batch_size: Count = 64  # images an iteration (paper: 64 SDXL, 32 SD3)
     gradient_accumulation_steps: Literal[1] = 1
-    learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL
-    fake_score_learning_rate: Rate = 1e-6  # [DEF] psi
-    discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights
-    preference_learning_rate: Rate = 1e-6  # [DEF] G in stage 2, with Adam moments of its own
+    learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL: SenseFlow's (DMD2: 5e-7)
+    fake_score_learning_rate: Rate = 1e-6  # [DEF] psi: SenseFlow's
+    discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights; 1e-5..1e-4
+    preference_learning_rate: Rate = 1e-6  # [DEF] G in stage 2 (LPO's LoRA: 1e-5); own moments
     stage2_learning_rate: Rate | None = None  # [DEF] G's distilling updates of stage 2; None: as 1
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # DMD2
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
     adam_weight_decay: Rate = 0.01  # DMD2
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] = 10.0  # DMD2, full fine-tuning
+    max_grad_norm: Annotated[float, Field(gt=0)] = 10.0  # of each network; DMD2, full fine-tuning
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [DEF] student's (RTDMD); 0: none
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
@@ -89,7 +93,7 @@ class Train(Section):
     checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
     checkpoints_total_limit: Count | None = 2  # None keeps all
     gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
-    discriminator_width: Count = 128  # channels of the heads (ADM: 256)
+    discriminator_width: Count = 128  # [DEF] channels of the heads (ADM: 256, on SAM)
 
     @field_validator("gan_calibration_steps")
     @classmethod
@@ -290,12 +294,14 @@ def check_keys(content: dict[Any, Any], where: str) -> None:
 def unknown(name: str, near: list[str], where: str, valid: dict[str, list[str]]) -> str:
     """The message for an unknown key: what it is called here, or the nearest, and all there are."""
     key = name.rpartition(".")[2]
-    everywhere = {k: f"{s}.{k}" for s, ks in valid.items() for k in ks}
+    everywhere = {k: f"{s}.{k}" for s, ks in reversed(valid.items()) for k in ks}
     if key in ALIASES:
         hint = f"; here it is called {ALIASES[key]}"
     elif key in everywhere:
         hint = f"; did you mean {everywhere[key]}?"
-    elif close := difflib.get_close_matches(key, [*near, *everywhere], n=1, cutoff=0.5):
+    elif close := difflib.get_close_matches(
+        key, [k.rpartition(".")[2] for k in near], n=1, cutoff=0.5
+    ) or difflib.get_close_matches(key, everywhere, n=1, cutoff=0.7):
         hint = f"; did you mean {everywhere.get(close[0], close[0])}?"
     else:
         hint = ""
