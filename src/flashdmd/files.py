@@ -1,44 +1,80 @@
-"""Writing that is all or nothing."""
+"""Writing that is all or nothing, and stopping between two steps."""
 
-import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-NO_SPACE = "os error 28"  # how safetensors, which is no Python, tells of ENOSPC
+from tqdm import tqdm
+
+ERRNO = re.compile(r"os error (\d+)")  # how safetensors and tokenizers, in Rust, tell of one
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`; on success it takes `folder`'s place.
 
-    When the body raises, `folder` is as it was and what was written beside it is removed. A full
-    disk is an OSError with errno ENOSPC, whoever wrote.
+    When the body raises, `folder` is as it was and what was written beside it is removed. What the
+    disk refuses is an OSError, whoever wrote.
     """
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     retired = folder.with_name(f".{folder.name}.retired-{os.getpid()}")
     mend(folder)
     beside.mkdir(parents=True)
     try:
-        yield beside
+        with as_os_error(folder):
+            yield beside
         for path in beside.rglob("*"):
             if path.is_file():
-                with path.open("rb") as f:
-                    os.fsync(f.fileno())
+                sync(path)
         if folder.exists():
             folder.rename(retired)
         beside.rename(folder)
-    except BaseException as e:
+    except BaseException:
         if retired.exists() and not folder.exists():
             retired.rename(folder)
         shutil.rmtree(beside, ignore_errors=True)
-        if NO_SPACE in str(e) and not isinstance(e, OSError):
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`, with its ending; on success the file there takes its place.
+
+    When the body raises, `path` is as it was. Errors are those of `replace_folder`.
+    """
+    beside = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
+    try:
+        with as_os_error(path):
+            yield beside
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def as_os_error(path: Path) -> Iterator[None]:
+    """Inside, an error that tells of an errno only in its text becomes the OSError it is."""
+    try:
+        yield
+    except Exception as e:
+        told = ERRNO.search(str(e))
+        if told is None or isinstance(e, OSError):
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from e
+
+
+def sync(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def mend(folder: Path) -> None:
@@ -62,10 +98,27 @@ def forget_origins(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes beside `path` and renames, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
+    with replace_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM ask for a stop between two steps; the yielded call tells.
+
+    Asked a second time, it stops at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        tqdm.write("stopping after this step, then saving; again stops now", file=sys.stderr)
+
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from flashdmd.errors import UserError
+from flashdmd.files import replace_file
 
 SIZE = 64
 PACKAGES = (
@@ -101,7 +102,7 @@ def examples(modules: Path) -> Iterator[tuple[dict[str, Any], Image.Image]]:
 def pack(modules: Path, destination: Path) -> int:
     """Writes the zip; the same packages give the same bytes. Returns the number of pictures."""
     records = []
-    with zipfile.ZipFile(destination, "w") as folder:
+    with replace_file(destination) as beside, zipfile.ZipFile(beside, "w") as folder:
         for record, picture in examples(modules):
             webp = io.BytesIO()
             picture.save(webp, "WEBP", quality=92, method=6)
