@@ -1,12 +1,19 @@
 """The loop that trains the embedded artefacts: both optimizers against torch's own, and resume."""
 
+import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flashdmd.emoji.fit import Fit, Losses, Optimizers, fit
+from flashdmd.emoji.fit import Fit, Losses, Optimizers, fit, kept
+from flashdmd.emoji.teacher import planned
+from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import Interrupted, UserError
 
 
 class Small(nn.Module):
@@ -83,3 +90,101 @@ def test_the_rate_rises_stays_and_falls_to_nothing() -> None:
     assert shares[9] == shares[80] == 1.0
     assert shares[90] == pytest.approx(0.5)
     assert shares[100] == 0.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_saved_at_once_and_the_same_call_goes_on(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    once, twice = Small(), Small()
+    fit(once, loss_of(once), plan(tmp_path / "once", 6, None))
+
+    def stopped(step: int) -> Losses:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return loss_of(twice)(step)
+
+    with pytest.raises(Interrupted, match=r"after 4 steps.*twice\. The same command goes on"):
+        fit(twice, stopped, plan(tmp_path / "twice", 6, None))
+    assert json.loads((tmp_path / "twice/state/state.json").read_text())["step"] == 4
+    again = Small()
+    fit(again, loss_of(again), plan(tmp_path / "twice", 6, None))
+    assert all(torch.equal(v, once.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_stop_while_the_last_step_is_shown_is_heard(tmp_path: Path) -> None:
+    def show(network: nn.Module, step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    network = Small()
+    with pytest.raises(Interrupted, match="after 2 steps"):
+        fit(network, loss_of(network), plan(tmp_path, 2, None), show)
+    fit(network, loss_of(network), plan(tmp_path, 2, None), show)
+
+
+def test_what_a_killed_save_set_aside_is_gone_on_with(tmp_path: Path) -> None:
+    network = Small()
+    fit(network, loss_of(network), plan(tmp_path, 2, None))
+    (tmp_path / "state").rename(tmp_path / ".state.retired-1")
+
+    def loss(step: int) -> Losses:
+        assert step >= 2
+        return loss_of(network)(step)
+
+    fit(network, loss, plan(tmp_path, 3, None))
+
+
+def test_steps_that_are_not_finite_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    network, plan_ = Small(), plan(tmp_path, 2, None)
+    with pytest.raises(UserError, match=r"step 0 of the fit.*another --output"):
+        fit(network, lambda _: {"far": network(torch.ones(1, 3, 4, 4)).sum() / 0}, plan_)
+    assert not (tmp_path / "state").exists()
+
+
+ASKED = {
+    "family": "score", "start": ASSETS / "judge", "batch": 8, "rate": 1.0, "seed": 3, "tutors": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "change", "said"),
+    [
+        ("family", "flow", "--family is flow, .* begun with score"),
+        ("start", ASSETS / "reward", "--start is .*reward, .* begun with .*judge;"),
+        ("batch", 9, "--batch is 9, .* begun with 8"),
+        ("rate", 0.5, r"--rate is 0.5, .* begun with 1\.0"),
+        ("seed", 4, "--seed is 4, .* begun with 3"),
+        ("tutors", [ASSETS / "reward"], "--tutor is .*reward, .* begun with none"),
+    ],
+)
+def test_another_argument_in_a_used_folder_is_refused_and_more_steps_are_not(
+    option: str, change: object, said: str, tmp_path: Path
+) -> None:
+    network = Small()
+    fit(network, loss_of(network), planned(folder=tmp_path, max_train_steps=2, **ASKED))
+    planned(folder=tmp_path, max_train_steps=3, **ASKED)
+    with pytest.raises(UserError, match=said + ".*another --output, or delete"):
+        planned(folder=tmp_path, max_train_steps=2, **(ASKED | {option: change}))
+    planned(folder=tmp_path / "other", max_train_steps=2, **(ASKED | {option: change}))
+
+
+def test_the_same_weights_elsewhere_are_the_same_start(tmp_path: Path) -> None:
+    network = Small()
+    fit(network, loss_of(network), planned(folder=tmp_path, max_train_steps=2, **ASKED))
+    shutil.copytree(ASSETS / "judge", tmp_path / "moved")
+    planned(folder=tmp_path, max_train_steps=2, **(ASKED | {"start": tmp_path / "moved"}))
+
+
+def test_what_was_made_is_kept_until_the_key_is_another(tmp_path: Path) -> None:
+    path, made = tmp_path / "sub/kept.safetensors", []
+
+    def make() -> dict[str, Tensor]:
+        made.append(torch.randn(3, 2).T)
+        return {"a": made[-1]}
+
+    for key, count in (("x", 1), ("x", 1), ("y", 2), ("y", 2), ("x", 3)):
+        assert torch.equal(kept(path, key, make)["a"], made[-1])
+        assert len(made) == count
+    path.write_bytes(path.read_bytes()[:40])  # as a version that wrote in place could leave it
+    kept(path, "x", make)
+    assert len(made) == 4

@@ -3,26 +3,30 @@
 Step n draws everything from (seed, n), so a fit that was stopped goes on as if it had not been.
 """
 
+import hashlib
 import json
 import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from flashdmd.files import replace_folder
+from flashdmd.errors import Interrupted, UserError
+from flashdmd.files import mend, replace_file, replace_folder, stoppable
 from flashdmd.seeds import seed_of
 
 Losses = dict[str, Tensor]
+OF = " of "  # between the digest of weights and their folder, which may move
 OUTER = re.compile(r"embed|places|conv_(in|out)|painter\.out|network\.proj_out|norm_out|heads")
 
 
@@ -31,6 +35,8 @@ class Fit:
     """How long and how fast. The learning rate warms up, stays, and falls to 0 over `cooldown`.
 
     With a `muon_rate` the hidden matrices and kernels learn by Muon, everything else by AdamW.
+    `arguments` are what else decides the fit, by the option that a person gives; a folder is
+    named by `weights_of`.
     """
 
     max_train_steps: int
@@ -44,6 +50,26 @@ class Fit:
     max_grad_norm: float = 1.0
     checkpoint_s: float = 120.0
     muon_rate: float | None = None
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def decided_by(self) -> dict[str, str]:
+        return {k: str(v) for k, v in {**self.arguments, "--seed": self.seed}.items()}
+
+    def check(self) -> None:
+        """Raises UserError when the state in `folder` is of a fit with other arguments."""
+        mend(self.folder / "state")
+        notes = self.folder / "state/state.json"
+        if not notes.exists():
+            return
+        before = json.loads(notes.read_text()).get("arguments", {})
+        for name, now in self.decided_by.items():
+            was = before.get(name, "unknown")
+            if was.split(OF)[0] != now.split(OF)[0]:
+                raise UserError(
+                    f"{name} is {now}, but the fit in {self.folder} was begun with {was}; give "
+                    f"that one, or another --output, or delete {self.folder}"
+                )
 
     def share(self, step: int) -> float:
         """Of the full learning rate, in 0..1."""
@@ -128,6 +154,7 @@ def fit(
 
     `loss(step)` gives named terms whose sum is minimised. `show(averaged, step)` may look at the
     averaged weights; they are swapped in while it does. State lives in `plan.folder/state`.
+    Raises Interrupted when asked to stop, with the state saved.
     """
     parameters = {k: p for k, p in network.named_parameters() if p.requires_grad}
     optimizer = Optimizers(parameters, plan)
@@ -137,35 +164,86 @@ def fit(
     saved = time.monotonic()
     bar = tqdm(range(start, plan.max_train_steps), initial=start, total=plan.max_train_steps)
     recent: dict[str, float] = {}
-    for step in bar:
-        torch.manual_seed(seed_of(plan.seed, step))
-        with sdpa_kernel(SDPBackend.MATH):  # at 64 tokens a fifth faster a step than the fused one
-            terms = loss(step)
-            torch.stack(list(terms.values())).sum().backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), plan.max_grad_norm)
-        optimizer.step(plan.share(step))
-        decay = min(plan.ema_decay, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
-        values = {k: v.item() for k, v in terms.items()} | {"grad_norm": norm.item()}
-        if not math.isfinite(sum(values.values())):
-            raise FloatingPointError(f"step {step}: {values}")
-        recent = {k: 0.98 * recent.get(k, v) + 0.02 * v for k, v in values.items()}
-        if step % 50 == 49:
-            bar.set_postfix({k: f"{v:.4f}" for k, v in recent.items()})
-            with log.open("a") as f:
-                f.write(json.dumps({"step": step + 1, "rate": plan.share(step), **recent}) + "\n")
-        last = step + 1 == plan.max_train_steps
-        if last or time.monotonic() - saved > plan.checkpoint_s:
-            _save(plan, step + 1, parameters, average, optimizer)
-            saved = time.monotonic()
-        if show is not None and (last or (step + 1) % show_every == 0):
-            with swapped(parameters, average):
-                show(network, step + 1)
+    with stoppable() as asked_to_stop:
+        for step in bar:
+            values = _update(step, loss, plan, parameters, average, optimizer)
+            recent = {k: 0.98 * recent.get(k, v) + 0.02 * v for k, v in values.items()}
+            if step % 50 == 49:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in recent.items()})
+                facts = {"step": step + 1, "rate": plan.share(step)}
+                with log.open("a") as f:
+                    f.write(json.dumps(facts | recent) + "\n")
+            last = step + 1 == plan.max_train_steps
+            stop = asked_to_stop()
+            if last or stop or time.monotonic() - saved > plan.checkpoint_s:
+                _save(plan, step + 1, parameters, average, optimizer)
+                saved = time.monotonic()
+            if not stop and show is not None and (last or (step + 1) % show_every == 0):
+                with swapped(parameters, average):
+                    show(network, step + 1)
+            if stop or (last and asked_to_stop()):
+                raise Interrupted(
+                    f"stopped after {step + 1} steps; saved in {plan.folder}. The same command "
+                    "goes on from there."
+                )
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(average[name])
     return network
+
+
+def _update(
+    step: int,
+    loss: Callable[[int], Losses],
+    plan: Fit,
+    parameters: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: Optimizers,
+) -> dict[str, float]:
+    torch.manual_seed(seed_of(plan.seed, step))
+    with sdpa_kernel(SDPBackend.MATH):  # at 64 tokens a fifth faster a step than the fused one
+        terms = loss(step)
+        torch.stack(list(terms.values())).sum().backward()
+    norm = nn.utils.clip_grad_norm_(parameters.values(), plan.max_grad_norm)
+    optimizer.step(plan.share(step))
+    decay = min(plan.ema_decay, (step + 1) / (step + 10))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - decay)
+    values = {k: v.item() for k, v in terms.items()} | {"grad_norm": norm.item()}
+    if not math.isfinite(sum(values.values())):
+        raise UserError(
+            f"step {step} of the fit in {plan.folder} is not finite: {values}; begin anew in "
+            "another --output, with another --seed or, of a teacher, a lower --rate"
+        )
+    return values
+
+
+def digest(*parts: bytes) -> str:
+    """12 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
+
+def weights_of(*folders: Path) -> str:
+    """A digest of the weights in folders of networks or pipelines, and the folders; or none."""
+    depths = ("*.safetensors", "*/*.safetensors")
+    files = [f for folder in folders for depth in depths for f in sorted(folder.glob(depth))]
+    said = digest(*(f.read_bytes() for f in files)) + OF + ", ".join(map(str, folders))
+    return said if folders else "none"
+
+
+def kept(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` gave once, from `path`; made anew where that was under another `key`."""
+    try:
+        with safe_open(path, "pt") as stored:
+            if stored.metadata() == {"key": key}:
+                return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        pass
+    made = {k: v.contiguous() for k, v in make().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as beside:
+        save_file(made, beside, {"key": key})
+    return made
 
 
 def fused(network: nn.Module) -> nn.Module:
@@ -206,7 +284,8 @@ def _save(
         tensors |= {f"now.{name}": p.detach(), f"average.{name}": average[name]}
     with replace_folder(plan.folder / "state") as beside:
         save_file({k: v.contiguous() for k, v in tensors.items()}, beside / "state.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step}))
+        notes = {"step": step, "arguments": plan.decided_by}
+        (beside / "state.json").write_text(json.dumps(notes))
 
 
 def _resume(
@@ -215,6 +294,7 @@ def _resume(
     average: dict[str, Tensor],
     optimizer: Optimizers,
 ) -> int:
+    plan.check()
     state = plan.folder / "state"
     plan.folder.mkdir(parents=True, exist_ok=True)
     if not state.exists():

@@ -24,25 +24,24 @@ from transformers import (
     T5Tokenizer,
 )
 
-from flashdmd.emoji.fit import Fit, Losses, fit, fused
+from flashdmd.emoji.fit import Losses, fit, fused
 from flashdmd.emoji.teacher import (
-    ADAM_RATE,
     LATENT_SHAPE,
     LATENT_SIZE,
-    MUON_RATE,
     RENDERINGS,
     TEXT_WIDTH,
     Batches,
     cache_latents,
     contact_sheet,
+    planned,
     text_config,
     tokens,
     training_times,
+    write,
 )
 from flashdmd.emoji.tutor import Tutor
 from flashdmd.emoji.vae import LATENT_CHANNELS
 from flashdmd.emoji.world import World
-from flashdmd.files import forget_origins
 from flashdmd.models.padding import RepeatLast
 from flashdmd.schedule import Process, RectifiedFlow
 
@@ -155,6 +154,7 @@ def train_flow(
     or that is a flow-matching one of this kind, which is trained on. With `tutors`, pipelines of
     either kind on the same autoencoder, their means are learned instead of the pictures.
     """
+    plan = planned("flow", folder, start, max_train_steps, batch, rate, seed, tutors)
     torch.manual_seed(seed)
     world = World()
     earlier = DiffusionPipeline.from_pretrained(start, dtype=torch.float32)
@@ -203,8 +203,6 @@ def train_flow(
     def show(_: nn.Module, step: int) -> None:
         contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png", columns=2)
 
-    plan = Fit(max_train_steps, rate * ADAM_RATE, folder, seed, muon_rate=rate * MUON_RATE)
     fit(networks, loss, plan, show, show_every=1000)
-    pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
-    forget_origins(folder / "pipeline")
+    write(pipeline, folder / "pipeline")
     return pipeline

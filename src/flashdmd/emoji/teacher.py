@@ -15,21 +15,21 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.fit import Fit, Losses, digest, fit, kept, weights_of
 from flashdmd.emoji.tutor import Tutor
-from flashdmd.emoji.vae import LATENT_CHANNELS, pixels
+from flashdmd.emoji.vae import LATENT_CHANNELS, latents_digest, pixels
 from flashdmd.emoji.words import learn_words
-from flashdmd.emoji.world import World
-from flashdmd.files import forget_origins
+from flashdmd.emoji.world import PACKED, World
+from flashdmd.files import forget_origins, replace_file, replace_folder
 from flashdmd.schedule import STEPS, Process, VariancePreserving
 from flashdmd.seeds import seed_of
 
@@ -67,14 +67,13 @@ def train_tokenizer(world: World, folder: Path) -> CLIPTokenizer:
         [*letters, *(x + "</w>" for x in letters), *("".join(m) for m in merges), *special]
     )
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges), "utf-8"
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_LENGTH)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    with replace_folder(folder) as beside:
+        (beside / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+        (beside / "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges), "utf-8"
+        )
+        CLIPTokenizer.from_pretrained(beside, model_max_length=TEXT_LENGTH).save_pretrained(beside)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def text_config(
@@ -124,19 +123,18 @@ def cache_latents(
     world: World, vae: AutoencoderKL, path: Path, renderings: int, seed: int
 ) -> Tensor:
     """(renderings, N, C, 8, 8) float16 latents of every training picture, made once."""
-    name = f"latents-{renderings}-{seed}"
-    if path.exists():
-        return load_file(path)[name]
-    indices = world.indices("train")
-    rows = []
-    for k in range(renderings):
-        rng = np.random.default_rng(seed_of(seed, "latents", k))
-        images = pixels(np.stack([world.render(i, rng) for i in indices]))
-        rows.append(torch.cat([vae.encode(b).latent_dist.mode() for b in images.split(128)]).half())
-    latents = torch.stack(rows).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: latents}, path)
-    return latents
+
+    def make() -> dict[str, Tensor]:
+        indices = world.indices("train")
+        rows = []
+        for k in range(renderings):
+            rng = np.random.default_rng(seed_of(seed, "latents", k))
+            batches = pixels(np.stack([world.render(i, rng) for i in indices])).split(128)
+            rows.append(torch.cat([vae.encode(b).latent_dist.mode() for b in batches]).half())
+        return {"latents": torch.stack(rows)}
+
+    key = f"{renderings} {seed} {latents_digest(vae)} {digest(PACKED.read_bytes())}"
+    return kept(path, key, make)["latents"]
 
 
 class Batches:
@@ -176,6 +174,35 @@ def training_times(n: int, centre: float, spread: float) -> Tensor:
     return STEPS * torch.where(torch.rand(n) < 1 / 3, uniform, noisy)
 
 
+def planned(
+    family: str,
+    folder: Path,
+    start: Path,
+    max_train_steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    tutors: Sequence[Path],
+) -> Fit:
+    """How a teacher is trained. Raises UserError when the one in `folder` was begun otherwise."""
+    plan = Fit(
+        max_train_steps,
+        rate * ADAM_RATE,
+        folder,
+        seed,
+        muon_rate=rate * MUON_RATE,
+        arguments={
+            "--family": family,
+            "--start": weights_of(start),
+            "--batch": batch,
+            "--rate": rate,
+            "--tutor": weights_of(*tutors),
+        },
+    )
+    plan.check()
+    return plan
+
+
 def train_score(
     folder: Path,
     start: Path,
@@ -192,6 +219,7 @@ def train_score(
     With `tutors`, pipelines of either kind on the same autoencoder, their means are learned
     instead of the pictures.
     """
+    plan = planned("score", folder, start, max_train_steps, batch, rate, seed, tutors)
     torch.manual_seed(seed)
     world = World()
     if (start / "model_index.json").exists():
@@ -243,11 +271,16 @@ def train_score(
     def show(_: nn.Module, step: int) -> None:
         contact_sheet(pipeline, folder / "samples" / f"{step:06d}.png")
 
-    plan = Fit(max_train_steps, rate * ADAM_RATE, folder, seed, muon_rate=rate * MUON_RATE)
     fit(both, loss, plan, show, show_every=1000)
-    pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
-    forget_origins(folder / "pipeline")
+    write(pipeline, folder / "pipeline")
     return pipeline
+
+
+def write(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """A pipeline in half precision, whole or not at all."""
+    with replace_folder(folder) as beside:
+        pipeline.to(dtype=torch.float16).save_pretrained(beside)
+        forget_origins(beside)
 
 
 SHOWN = (
@@ -266,7 +299,7 @@ def contact_sheet(pipeline: StableDiffusionPipeline, path: Path, columns: int = 
         prompts, num_inference_steps=50, guidance_scale=3.0, generator=generator, output_type="np"
     ).images
     rows = images.reshape(-1, 4 * columns, 64, 64, 3).transpose(0, 2, 1, 3, 4)
+    sheet = (rows.reshape(-1, 4 * columns * 64, 3) * 255).round().astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((rows.reshape(-1, 4 * columns * 64, 3) * 255).round().astype(np.uint8)).save(
-        path
-    )
+    with replace_file(path) as beside:
+        Image.fromarray(sheet).save(beside)

@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flashdmd.discriminator import Discriminator
-from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.fit import Fit, Losses, digest, fit, weights_of
 from flashdmd.emoji.world import SIZE, Split, World
+from flashdmd.files import replace_folder
 from flashdmd.losses import hinge_discriminator, hinge_generator
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.seeds import seed_of
@@ -97,6 +98,16 @@ def train(
     `start` is an autoencoder of this kind to train on; its latents keep their meaning, roughly.
     With `decoder_only` they stay the same to the bit, and what was trained on them stays valid.
     """
+    arguments = {
+        "--start": weights_of(*([start] if start else [])),
+        "--decoder-only": decoder_only,
+        "batch": batch,
+    }
+    plan = Fit(
+        max_train_steps, 5e-4, folder, seed, cooldown=1 - ADVERSARIAL_FROM, ema_decay=0.998,
+        weight_decay=0.0, muon_rate=4e-3, arguments=arguments,
+    )  # fmt: skip
+    plan.check()
     torch.manual_seed(seed)
     world, vae = World(), AutoencoderKL.from_pretrained(start).train() if start else build()
     if decoder_only:
@@ -131,15 +142,25 @@ def train(
     def show(_: nn.Module, step: int) -> None:
         print(f"step {step}: {psnr(vae, held_out):.2f} dB on held-out pictures", flush=True)
 
-    plan = Fit(
-        max_train_steps, 5e-4, folder, seed, cooldown=1 - ADVERSARIAL_FROM, ema_decay=0.998,
-        weight_decay=0.0, muon_rate=4e-3,
-    )  # fmt: skip
     fit(nn.ModuleDict({"vae": vae, "adversary": adversary}), loss, plan, show, show_every=500)
     if not decoder_only:
         normalise(vae, pixels(renderings(world, "train", 2048, seed, "normalise")[0]))
-    vae.save_pretrained(folder / "vae")
+    with replace_folder(folder / "vae") as beside:
+        vae.save_pretrained(beside)
     return vae
+
+
+def latents_digest(vae: AutoencoderKL) -> str:
+    """Of the weights that decide its latents, in half precision, which is how pipelines keep them.
+
+    A decoder that was trained on alone leaves it as it is.
+    """
+    deciding = {
+        k: v.half().numpy().tobytes()
+        for k, v in sorted(vae.state_dict().items())
+        if k.startswith(("encoder.", "quant_conv."))
+    }
+    return digest(*deciding.values())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flashdmd.emoji.fit import Fit, Losses, fit
-from flashdmd.emoji.vae import LATENT_CHANNELS, pixels
+from flashdmd.emoji.vae import LATENT_CHANNELS, latents_digest, pixels
 from flashdmd.emoji.world import World
 from flashdmd.seeds import seed_of
 
@@ -62,6 +62,11 @@ def learn_words(
     batch: int = 256,
 ) -> None:
     """Trains `text_encoder` in place on captions of all levels; state is kept in `folder`."""
+    arguments = {"--start": latents_digest(vae), "batch": batch}
+    plan = Fit(
+        max_train_steps, 1e-3, folder, seed, ema_decay=0.998, muon_rate=4e-3, arguments=arguments
+    )
+    plan.check()
     torch.manual_seed(seed)
     world = World()
     indices, x0 = world.indices("train"), plain_latents(world, vae)
@@ -77,5 +82,4 @@ def learn_words(
             x0_hat = lesson.painter(text_encoder(ids.input_ids).last_hidden_state)
         return {"x0": (x0_hat.float() - x0[rows]).square().mean()}
 
-    plan = Fit(max_train_steps, 1e-3, folder, seed, ema_decay=0.998, muon_rate=4e-3)
     fit(lesson, loss, plan)
