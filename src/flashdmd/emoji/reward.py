@@ -4,10 +4,13 @@ Its trunk starts as the encoder half of the score-based teacher's UNet and its w
 teacher's, frozen: the text encoder is not stored with the reward but read from the teacher.
 """
 
+import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdmd.emoji import pairs
-from flashdmd.emoji.fit import Fit, Losses, fit
+from flashdmd.emoji.fit import Fit, Losses, digest, fit, kept, weights_of
 from flashdmd.emoji.teacher import tokens
-from flashdmd.emoji.vae import pixels
-from flashdmd.emoji.world import ASSETS, Split, World
+from flashdmd.emoji.vae import latents_digest, pixels
+from flashdmd.emoji.world import ASSETS, PACKED, Split, World
 from flashdmd.errors import UserError
+from flashdmd.files import replace_folder, write_text
 from flashdmd.models.reward_unet import EncoderHalf
 from flashdmd.reward import LatentReward, as_trained, pair_loss
 from flashdmd.sampler import Cond
@@ -98,26 +102,25 @@ def encoded(vae: AutoencoderKL, drawn: list[pairs.Pair]) -> Latents:
 
 def cached(vae: AutoencoderKL, path: Path, n: int, seed: int) -> Latents:
     """`n` training pairs, encoded once and kept beside the fit."""
-    world = World()
-    chunks = []
-    rng = np.random.default_rng(seed_of(seed, "reward pairs"))
-    if path.exists():
-        stored, notes = load_file(path), json.loads(path.with_suffix(".json").read_text())
-        return Latents(stored["win"].float(), stored["lose"].float(), *notes)
-    for start in range(0, n, 1000):
-        drawn = [pairs.draw(world, "train", rng) for _ in range(min(1000, n - start))]
-        chunks.append(encoded(vae, drawn))
-    joined = Latents(
-        torch.cat([c.win for c in chunks]),
-        torch.cat([c.lose for c in chunks]),
-        [x for c in chunks for x in c.captions],
-        [x for c in chunks for x in c.kinds],
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    halves = {"win": joined.win, "lose": joined.lose}
-    save_file({k: v.half().contiguous() for k, v in halves.items()}, path)
-    path.with_suffix(".json").write_text(json.dumps([joined.captions, joined.kinds]))
-    return joined
+
+    def make() -> dict[str, Tensor]:
+        world, chunks = World(), []
+        rng = np.random.default_rng(seed_of(seed, "reward pairs"))
+        for start in range(0, n, 1000):
+            drawn = [pairs.draw(world, "train", rng) for _ in range(min(1000, n - start))]
+            chunks.append(encoded(vae, drawn))
+        said = [(c.captions, c.kinds) for c in chunks]
+        notes = [list(itertools.chain(*part)) for part in zip(*said, strict=True)]
+        return {
+            "win": torch.cat([c.win for c in chunks]).half(),
+            "lose": torch.cat([c.lose for c in chunks]).half(),
+            "notes": torch.frombuffer(bytearray(json.dumps(notes), "ascii"), dtype=torch.uint8),
+        }
+
+    key = f"{n} {seed} {latents_digest(vae)} {digest(PACKED.read_bytes())}"
+    stored = kept(path, key, make)
+    captions, kinds = json.loads(stored["notes"].numpy().tobytes())
+    return Latents(stored["win"].float(), stored["lose"].float(), captions, kinds)
 
 
 def train(
@@ -132,8 +135,13 @@ def train(
 
     Both pictures of a pair are noised on their own at the same t, drawn from the whole range.
     """
+    arguments = {"--start": weights_of(teacher_folder), "batch": batch, "pairs": n}
+    plan = Fit(
+        max_train_steps, 2e-4, folder, seed, weight_decay=0.05, ema_decay=0.998, arguments=arguments
+    )
+    plan.check()
     torch.manual_seed(seed)
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher_folder, dtype=torch.float32)
+    pipeline = read_teacher(teacher_folder)
     words, process = Words(pipeline), Process(VariancePreserving(), "v")
     data = cached(pipeline.vae, folder / "pairs.safetensors", n, seed)
     network = build(pipeline.unet)
@@ -149,30 +157,43 @@ def train(
             win, lose = network(x_t, t.repeat(2), doubled).float().chunk(2)
         return {"pair": pair_loss(win, lose)}
 
-    plan = Fit(max_train_steps, 2e-4, folder, seed, weight_decay=0.05, ema_decay=0.998)
     fit(network, loss, plan)
-    shipped = teacher_folder == ASSETS / "score"
-    write(network, folder / "reward", SHIPPED if shipped else str(teacher_folder.resolve()))
+    write(network, folder / "reward", str(teacher_folder))
     return network
 
 
+def read_teacher(folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+
+
 def write(network: LatentReward, folder: Path, teacher: str) -> None:
-    """Weights, and the name of the teacher whose words and widths they were trained with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"teacher": teacher}))
+    """Weights, where the teacher is whose words and widths they were trained with, its latents.
+
+    A teacher that is not shipped is named by the way to it from `folder`.
+    """
+    shipped = Path(teacher).resolve() == (ASSETS / "score").resolve()
+    autoencoder = AutoencoderKL.from_pretrained(Path(teacher) / "vae", local_files_only=True)
+    config = {
+        "teacher": SHIPPED if shipped else os.path.relpath(teacher, folder),
+        "autoencoder": latents_digest(autoencoder),
+    }
     state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
-    save_file(state, folder / "reward.safetensors")
+    with replace_folder(folder) as beside:
+        (beside / "config.json").write_text(json.dumps(config))
+        save_file(state, beside / "reward.safetensors")
 
 
-def load(folder: Path, process: Process, channels: int) -> EmojiReward:
-    """The reward in `folder` for latents of `process`; its words come from its own teacher.
+def load(folder: Path, process: Process, vae: AutoencoderKL) -> EmojiReward:
+    """The reward in `folder` for latents of `process` and `vae`; its words are its teacher's.
 
-    Raises UserError when it is missing, cannot be read, or scores latents of other `channels`.
+    Raises UserError when it is missing, cannot be read, or scores latents of another autoencoder.
     """
     try:
-        name = json.loads((folder / "config.json").read_text())["teacher"]
-        teacher_folder = ASSETS / "score" if name == SHIPPED else Path(name)
-        pipeline = StableDiffusionPipeline.from_pretrained(teacher_folder, dtype=torch.float32)
+        config = json.loads((folder / "config.json").read_text())
+        name, autoencoder = config["teacher"], config["autoencoder"]
+        pipeline = read_teacher(ASSETS / "score" if name == SHIPPED else folder / name)
         network = build(pipeline.unet)
         state = load_file(folder / "reward.safetensors")
         network.load_state_dict({k: v.float() for k, v in state.items()})
@@ -181,20 +202,39 @@ def load(folder: Path, process: Process, channels: int) -> EmojiReward:
             f"the reward model in {folder} cannot be read ({e}); give a folder written by "
             "`flashdmd emoji reward`"
         ) from e
-    if channels != pipeline.unet.config.in_channels:
-        raise UserError(
-            f"the reward model in {folder} scores latents of {pipeline.unet.config.in_channels} "
-            f"channels and this teacher's have {channels}; name a reward trained on its latents, "
-            "or none: model.reward_model_name_or_path=null with train.joint_train_steps=0, or "
-            "--reward none of `flashdmd evaluate`"
+    scored, given = pipeline.unet.config.in_channels, vae.config.latent_channels
+    if scored != given:
+        refuse(f"the reward model in {folder} scores latents of {scored} channels", f"have {given}")
+    if autoencoder != (own := latents_digest(vae)):
+        refuse(
+            f"the reward model in {folder} scores latents of the autoencoder {autoencoder} of "
+            f"{name}",
+            f"are of {own}",
         )
     network.eval().requires_grad_(False)
     return EmojiReward(network, Words(pipeline), process)
 
 
+def refuse(scored: str, given: str) -> NoReturn:
+    raise UserError(
+        f"{scored} and this teacher's {given}; name a reward trained on its latents, or none: "
+        "model.reward_model_name_or_path=null with train.joint_train_steps=0, or --reward none of "
+        "`flashdmd evaluate`"
+    )
+
+
+def report(network: LatentReward, folder: Path, teacher_folder: Path) -> str:
+    """The accuracy on held-out pairs as a table; as numbers in `folder / "accuracy.json"`."""
+    figures = accuracy(network.eval(), teacher_folder)
+    write_text(folder / "accuracy.json", json.dumps(figures, indent=2) + "\n")
+    lines = [["held-out pairs at t =", *map(str, LEVELS)]]
+    lines += [[kind, *(f"{x:.3f}" for x in row.values())] for kind, row in figures.items()]
+    return "\n".join(f"{name:22}" + "".join(f"{x:>7}" for x in rest) for name, *rest in lines)
+
+
 @torch.no_grad()
 def accuracy(
-    network: LatentReward,
+    score: Callable[[Tensor, Tensor, Cond], Tensor],
     teacher_folder: Path,
     split: Split = "test",
     n: int = 300,
@@ -202,12 +242,11 @@ def accuracy(
     seed: int = 1,
 ) -> dict[str, dict[int, float]]:
     """Share of pairs put in order, by kind and noise level; n pairs of each kind."""
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher_folder, dtype=torch.float32)
+    pipeline = read_teacher(teacher_folder)
     words, process = Words(pipeline), Process(VariancePreserving(), "v")
     rng = np.random.default_rng(seed_of(seed, "held-out pairs"))
     world = World()
     draw = torch.Generator().manual_seed(seed)
-    score: Callable[[Tensor, Tensor, Cond], Tensor] = network
     table: dict[str, dict[int, float]] = {}
     for kind in pairs.KINDS:
         data = encoded(pipeline.vae, [pairs.draw(world, split, rng, kind) for _ in range(n)])
