@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdmd import export
-from flashdmd.algorithm import Method
+from flashdmd.algorithm import Method, split
 from flashdmd.errors import UserError
 from flashdmd.models import families
 from flashdmd.models.families import Teacher
@@ -104,8 +104,9 @@ def test_pictures_survive_the_autoencoders_own_scale(teacher: Teacher) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_students_plain_call_is_our_sampler(teacher: Teacher, tmp_path: Path) -> None:
-    check_plain_call(teacher, tmp_path)
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_a_students_plain_call_is_our_sampler(teacher: Teacher, n: int, tmp_path: Path) -> None:
+    check_plain_call(teacher, evenly(teacher, n), tmp_path)
 
 
 def test_a_student_of_a_teacher_without_t5_is_called_as_plainly(
@@ -113,29 +114,28 @@ def test_a_student_of_a_teacher_without_t5_is_called_as_plainly(
 ) -> None:
     with pytest.raises(ValueError, match="text_encoder_3"):
         DiffusionPipeline.from_pretrained(without_t5.folder)
-    check_plain_call(without_t5, tmp_path)
+    check_plain_call(without_t5, evenly(without_t5, 4), tmp_path)
 
 
-def check_plain_call(teacher: Teacher, tmp_path: Path) -> None:
+def evenly(teacher: Teacher, n: int) -> tuple[int, ...]:
+    top = teacher.default_steps[0]
+    return tuple(round(top - k * 1000 / n) for k in range(n))
+
+
+def check_plain_call(teacher: Teacher, steps: tuple[int, ...], tmp_path: Path) -> None:
     """Same noises, same picture: the first is given, the later ones are drawn in the same order."""
-    steps = teacher.default_steps
     student = teacher.trainable_copy()
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    method = Method(
-        student_timesteps=steps,
-        matching_timesteps=steps[:3],
-        adversarial_timesteps=steps[3:],
-        preference_timesteps=steps[:2],
-    )
+    method = Method(**split(steps))
     folder = export.write_student(teacher, student, method, tmp_path / "student", "card")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     noise = teacher.noise(2, 7)
     torch.manual_seed(3)
     theirs = pipeline(
-        PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=0, output_type="np"
+        PROMPTS, latents=noise, num_inference_steps=len(steps), guidance_scale=0, output_type="np"
     ).images
     torch.manual_seed(3)
     sampler = Sampler(teacher.process, steps)
@@ -151,8 +151,7 @@ def check_plain_call(teacher: Teacher, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_every_step_list_has_a_stock_scheduler(teacher: Teacher, n: int) -> None:
-    top = teacher.default_steps[0]
-    steps = tuple(round(top - k * 1000 / n) for k in range(n))
+    steps = evenly(teacher, n)
     scheduler = export.scheduler_for(teacher, steps)
     scheduler.set_timesteps(n)
     assert [float(t) for t in scheduler.timesteps] == [float(t) for t in steps]
