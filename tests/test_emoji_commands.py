@@ -248,11 +248,12 @@ ASKED = {"--seed": "0", "--start": "none", "--decoder-only": "False", "batch": "
         ("judge", {"--seed": "1"}, "--seed is 0, .* begun with 1"),
     ],
 )
-def test_each_command_refuses_a_folder_that_was_begun_otherwise_before_it_does_anything(
+def test_each_command_refuses_a_folder_that_was_begun_otherwise(
     command: str,
     begun: dict[str, str],
     said: str,
     pipeline: StableDiffusionPipeline,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     trains: dict[str, Callable[[], object]] = {
@@ -263,6 +264,7 @@ def test_each_command_refuses_a_folder_that_was_begun_otherwise_before_it_does_a
         ),
         "judge": lambda: judge.train(tmp_path, 1),
     }
+    monkeypatch.setattr(judge, "embed", pytest.fail)  # minutes of features are not computed first
     (tmp_path / "state").mkdir()
     notes = {"step": 1, "arguments": ASKED | begun}
     (tmp_path / "state/state.json").write_text(json.dumps(notes))

@@ -163,8 +163,10 @@ def train(
 
 
 def read_teacher(folder: Path) -> StableDiffusionPipeline:
+    if not (folder / "model_index.json").is_file():  # diffusers would ask the hub for it
+        raise UserError(f"no teacher, a folder with model_index.json, is in {folder}")
     return StableDiffusionPipeline.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
+        str(folder), dtype=torch.float32, local_files_only=True
     )
 
 

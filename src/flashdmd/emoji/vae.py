@@ -107,7 +107,6 @@ def train(
         max_train_steps, 5e-4, folder, seed, cooldown=1 - ADVERSARIAL_FROM, ema_decay=0.998,
         weight_decay=0.0, muon_rate=4e-3, arguments=arguments,
     )  # fmt: skip
-    plan.check()
     torch.manual_seed(seed)
     world, vae = World(), AutoencoderKL.from_pretrained(start).train() if start else build()
     if decoder_only:
