@@ -19,8 +19,9 @@ from flashdmd import cli, compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
+from flashdmd.files import stoppable
 from flashdmd.report.run import parsed
-from flashdmd.session import Session, load_teacher, open_session, stoppable
+from flashdmd.session import Session, load_teacher, open_session
 from flashdmd.trainer import Trainer
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from flashdmd.algorithm import Loss
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
+from flashdmd.files import cut_torn_line
 from flashdmd.models import families
 from flashdmd.models.families import Teacher
-from flashdmd.session import Session, cut_torn_line, open_session
+from flashdmd.session import Session, open_session
 
 PROMPTS = ("a cat emoji", "a red apple", "fluent emoji of a sad dog", "two hearts", "a ship")
 

@@ -122,3 +122,10 @@ def stoppable() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def cut_torn_line(log: Path) -> None:
+    """Takes out the part of a last line that a kill or a full disk left; it is logged again."""
+    lines = log.read_bytes() if log.exists() else b""
+    if lines and not lines.endswith(b"\n"):
+        os.truncate(log, lines.rfind(b"\n") + 1)

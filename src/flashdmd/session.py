@@ -2,18 +2,13 @@
 
 import copy
 import json
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
@@ -26,7 +21,7 @@ from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.world import ASSETS, SIZE
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.files import write_text
+from flashdmd.files import cut_torn_line, stoppable, write_text
 from flashdmd.models import families
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.families import NetworkDenoiser, Teacher
@@ -254,28 +249,6 @@ def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser
     return Discriminator(EfficientNetLite(0), teacher.image_size, recipe.train.discriminator_width)
 
 
-@contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM ask for a stop between iterations; the yielded call tells.
-
-    Asked a second time, it stops at once.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        tqdm.write("stopping after this iteration, then saving; again stops now", file=sys.stderr)
-
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def run_stage(session: Session, trainer: Trainer, target: int, progress: Progress) -> None:
     """Iterates to `target` generator updates, of stage "rl" preference updates; saves on the way,
     when stopped, and at the end.
@@ -309,13 +282,6 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
             save(session, trainer)
         if asked_to_stop():
             raise stopped(trainer, output)
-
-
-def cut_torn_line(log: Path) -> None:
-    """Takes out the part of a last line that a kill or a full disk left; it is logged again."""
-    lines = log.read_bytes() if log.exists() else b""
-    if lines and not lines.endswith(b"\n"):
-        os.truncate(log, lines.rfind(b"\n") + 1)
 
 
 def stopped(trainer: Trainer, output: Path) -> Interrupted:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.files import mend, replace_file, replace_folder, stoppable
+from flashdmd.files import cut_torn_line, mend, replace_file, replace_folder, stoppable
 from flashdmd.seeds import seed_of
 
 Losses = dict[str, Tensor]
@@ -161,6 +161,7 @@ def fit(
     average = {k: p.detach().clone() for k, p in parameters.items()}
     start = _resume(plan, parameters, average, optimizer)
     log = plan.folder / "metrics.jsonl"
+    cut_torn_line(log)
     saved = time.monotonic()
     bar = tqdm(range(start, plan.max_train_steps), initial=start, total=plan.max_train_steps)
     recent: dict[str, float] = {}
