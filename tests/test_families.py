@@ -1,5 +1,6 @@
 """Our denoisers, prompts and exported students against what stock diffusers computes."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -155,6 +156,19 @@ def test_every_step_list_has_a_stock_scheduler(teacher: Teacher, n: int) -> None
     scheduler = export.scheduler_for(teacher, steps)
     scheduler.set_timesteps(n)
     assert [float(t) for t in scheduler.timesteps] == [float(t) for t in steps]
+
+
+@pytest.mark.parametrize("teacher", ["score"], indirect=True)
+def test_a_students_scheduler_is_told_nothing_that_it_does_not_know(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers warns of it whenever the student is loaded."""
+    own = DDPMScheduler.from_config(teacher.pipeline.scheduler.config, variance_type="fixed_large")
+    monkeypatch.setattr(teacher.pipeline, "scheduler", own)
+    scheduler = export.scheduler_for(teacher, teacher.default_steps)
+    known = inspect.signature(type(scheduler).__init__).parameters
+    assert {k for k in scheduler.config if not k.startswith("_")} <= set(known)
+    assert scheduler.config.prediction_type == own.config.prediction_type
 
 
 def test_steps_off_every_stock_grid_are_refused(teacher: Teacher) -> None:

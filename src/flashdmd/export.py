@@ -1,5 +1,6 @@
 """The student as a stock diffusers pipeline folder: the plain call runs the trained steps."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
     Raises UserError when no setting of the stock scheduler does.
     """
     if teacher.family.kind == "score":
-        scheduler = LCMScheduler.from_config(
-            teacher.pipeline.scheduler.config,
-            original_inference_steps=ORIGINAL_INFERENCE_STEPS,
-            timestep_spacing="leading",
-            clip_sample=False,
-        )
+        known = inspect.signature(LCMScheduler.__init__).parameters
+        shared = {k: v for k, v in teacher.pipeline.scheduler.config.items() if k in known}
+        ours = {
+            "original_inference_steps": ORIGINAL_INFERENCE_STEPS,
+            "timestep_spacing": "leading",
+            "clip_sample": False,
+        }
+        scheduler = LCMScheduler(**(shared | ours))
     else:
         # The plain grid runs from 1 to 1/1000; stretched, it ends at the student's last step.
         scheduler = FlowMatchEulerDiscreteScheduler(
