@@ -36,9 +36,14 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    folder = tiny.score_folder(tmp_path_factory.mktemp("commands") / "score")
-    return StableDiffusionPipeline.from_pretrained(folder)
+def score_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.score_folder(tmp_path_factory.mktemp("commands") / "score")
+
+
+@pytest.fixture
+def pipeline(score_folder: Path) -> StableDiffusionPipeline:
+    """Anew for each test: writing one leaves it in half precision."""
+    return StableDiffusionPipeline.from_pretrained(score_folder)
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def learn_words(
     plan = Fit(
         max_train_steps, 1e-3, folder, seed, ema_decay=0.998, muon_rate=4e-3, arguments=arguments
     )
+    plan.check()
     torch.manual_seed(seed)
     world = World()
     indices, x0 = world.indices("train"), plain_latents(world, vae)
