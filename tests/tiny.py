@@ -12,11 +12,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flashdmd.emoji.flow import silent_t5
-from flashdmd.emoji.teacher import text_config, train_tokenizer
-from flashdmd.emoji.world import World
+from flashdmd.emoji.teacher import text_config
+from flashdmd.emoji.world import ASSETS
 
 WIDTH = 32
 CHANNELS = 4
@@ -39,7 +39,7 @@ def vae() -> AutoencoderKL:
 
 def score_folder(folder: Path, prediction_type: str = "v_prediction") -> Path:
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(World(), folder.with_name(folder.name + "-tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "score/tokenizer")
     StableDiffusionPipeline(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config(tokenizer, WIDTH, layers=1)),
@@ -76,7 +76,7 @@ def score_folder(folder: Path, prediction_type: str = "v_prediction") -> Path:
 def flow_folder(folder: Path, t5: bool = True) -> Path:
     third, third_tokenizer = silent_t5(2 * WIDTH) if t5 else (None, None)
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(World(), folder.with_name(folder.name + "-tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "score/tokenizer")
     encoder = text_config(tokenizer, WIDTH, layers=1)
     autoencoder = vae()
     autoencoder.register_to_config(shift_factor=0.1)
