@@ -101,3 +101,9 @@ def test_the_table_joins_seeds() -> None:
     assert len(lines) == 4
     assert lines[2].startswith("| teacher, 50 steps | 1 | 100 |  |  |  | 0.500 | 0.500 |  |")
     assert lines[3].startswith("| a | 2 | 4 | 64 | 9 | 3 | 0.500 ± 0.000")
+
+
+def test_the_table_has_no_column_that_would_be_empty() -> None:
+    row = {"arm": "real pictures", "nfe": 0, **dict.fromkeys(compare.FIGURES, 0.5), "reward": None}
+    head = compare.table([row]).splitlines()[0]
+    assert head == "| arm | seeds | calls | kid | retrieval | held out reward | diversity |"

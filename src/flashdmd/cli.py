@@ -103,7 +103,9 @@ def sample(
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...")],
-    output: Annotated[Path, typer.Option()] = Path("metrics.json"),
+    output: Annotated[Path, typer.Option(help="A file, replaced if it is there.")] = Path(
+        "metrics.json"
+    ),
     num_prompts: Annotated[int, typer.Option(min=8, max=276)] = 276,
     reward: Annotated[str, typer.Option(help="A reward's folder, emoji-reward, or none.")] = (
         "emoji-reward"
@@ -121,10 +123,13 @@ def evaluate(
     ] = 1234,
 ) -> None:
     """Measure models side by side: same prompts, same noise, same judge."""
-    from flashdmd import run
+    import json
+
+    from flashdmd import compare, run
 
     named = None if reward == "none" else reward
     written = run.evaluate(models, output, num_prompts, named, guidance, split, seed)
+    typer.echo(compare.table(json.loads(written.read_text("utf-8"))["rows"]))
     typer.echo(f"Wrote {written}")
 
 

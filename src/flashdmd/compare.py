@@ -196,7 +196,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line an arm, over its seeds."""
+    """Markdown: one line an arm, over its seeds; without the columns that would be empty."""
     counted = ("images", "generator_updates", "preference_updates")
     names = ("arm", "seeds", "calls", *counted, *FIGURES)
     heads = tuple(name.replace("_", " ") for name in names)
@@ -208,4 +208,5 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             spread([row[k] for row in mine]) if mine[0][k] is not None else "" for k in FIGURES
         ]
         lines.append((name, str(len(mine)), str(mine[0]["nfe"]), *counts, *figures))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    told = [i for i in range(len(names)) if any(line[i] for line in lines[2:])]
+    return "".join(f"| {' | '.join(line[i] for i in told)} |\n" for line in lines)
