@@ -1,5 +1,6 @@
-"""Writing that is all or nothing, and stopping between two steps."""
+"""Writing that is all or nothing, stopping between two steps, and what tells contents apart."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 ERRNO = re.compile(r"os error (\d+)")  # how safetensors and tokenizers, in Rust, tell of one
+
+
+def digest(*parts: bytes) -> str:
+    """12 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 Step n draws everything from (seed, n), so a fit that was stopped goes on as if it had not been.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.files import cut_torn_line, mend, replace_file, replace_folder, stoppable
+from flashdmd.files import cut_torn_line, digest, mend, replace_file, replace_folder, stoppable
 from flashdmd.seeds import seed_of
 
 Losses = dict[str, Tensor]
@@ -217,11 +216,6 @@ def _update(
             "another --output, with another --seed or, of a teacher, a lower --rate"
         )
     return values
-
-
-def digest(*parts: bytes) -> str:
-    """12 hexadecimal digits of SHA-256."""
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def weights_of(*folders: Path) -> str:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdmd.emoji import pairs
-from flashdmd.emoji.fit import Fit, Losses, digest, fit, kept, weights_of
+from flashdmd.emoji.fit import Fit, Losses, fit, kept, weights_of
 from flashdmd.emoji.teacher import tokens
 from flashdmd.emoji.vae import latents_digest, pixels
-from flashdmd.emoji.world import ASSETS, PACKED, Split, World
+from flashdmd.emoji.world import ASSETS, Split, World, world_digest
 from flashdmd.errors import UserError
 from flashdmd.files import replace_folder, write_text
 from flashdmd.models.reward_unet import EncoderHalf
@@ -117,7 +117,7 @@ def cached(vae: AutoencoderKL, path: Path, n: int, seed: int) -> Latents:
             "notes": torch.frombuffer(bytearray(json.dumps(notes), "ascii"), dtype=torch.uint8),
         }
 
-    key = f"{n} {seed} {latents_digest(vae)} {digest(PACKED.read_bytes())}"
+    key = f"{n} {seed} {latents_digest(vae)} {world_digest()}"
     stored = kept(path, key, make)
     captions, kinds = json.loads(stored["notes"].numpy().tobytes())
     return Latents(stored["win"].float(), stored["lose"].float(), captions, kinds)

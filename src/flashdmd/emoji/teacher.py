@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from flashdmd.emoji.fit import Fit, Losses, digest, fit, kept, weights_of
+from flashdmd.emoji.fit import Fit, Losses, fit, kept, weights_of
 from flashdmd.emoji.tutor import Tutor
 from flashdmd.emoji.vae import LATENT_CHANNELS, latents_digest, pixels
 from flashdmd.emoji.words import learn_words
-from flashdmd.emoji.world import PACKED, World
+from flashdmd.emoji.world import World, world_digest
 from flashdmd.files import forget_origins, replace_file, replace_folder
 from flashdmd.schedule import STEPS, Process, VariancePreserving
 from flashdmd.seeds import seed_of
@@ -133,7 +133,7 @@ def cache_latents(
             rows.append(torch.cat([vae.encode(b).latent_dist.mode() for b in batches]).half())
         return {"latents": torch.stack(rows)}
 
-    key = f"{renderings} {seed} {latents_digest(vae)} {digest(PACKED.read_bytes())}"
+    key = f"{renderings} {seed} {latents_digest(vae)} {world_digest()}"
     return kept(path, key, make)["latents"]
 
 

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flashdmd.discriminator import Discriminator
-from flashdmd.emoji.fit import Fit, Losses, digest, fit, weights_of
+from flashdmd.emoji.fit import Fit, Losses, fit, weights_of
 from flashdmd.emoji.world import SIZE, Split, World
-from flashdmd.files import replace_folder
+from flashdmd.files import digest, replace_folder
 from flashdmd.losses import hinge_discriminator, hinge_generator
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.seeds import seed_of

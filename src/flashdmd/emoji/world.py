@@ -21,6 +21,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from flashdmd.files import digest
+
 SIZE = 64
 STYLES = ("noto", "twemoji", "fluent")
 ASSETS = Path(str(files("flashdmd.emoji") / "assets"))  # what the package ships
@@ -163,6 +165,11 @@ class World:
         return paste(self.pictures[index], canvas(WHITE))
 
 
+def world_digest() -> str:
+    """Of the pictures and of how they are rendered."""
+    return digest(PACKED.read_bytes(), Path(__file__).read_bytes())
+
+
 def canvas(colour: tuple[int, int, int]) -> np.ndarray:
     """(SIZE, SIZE, 3) of one colour."""
     return np.full((SIZE, SIZE, 3), colour, dtype=np.float32)
@@ -170,15 +177,17 @@ def canvas(colour: tuple[int, int, int]) -> np.ndarray:
 
 def strew(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Confetti on a canvas: DOTS tries to lay a dot where it touches no other."""
-    y, x = np.mgrid[:SIZE, :SIZE]
+    background, places = background.astype(np.float64), np.arange(SIZE)
     laid: list[tuple[float, float, float]] = []
     for _ in range(DOTS):
         r, (a, b) = rng.uniform(*RADII), rng.uniform(0, SIZE, 2)
         if any(math.hypot(a - c, b - d) < r + s + GAP for c, d, s in laid):
             continue
         laid.append((a, b, r))
-        inside = np.clip(r - np.hypot(x - a, y - b) + 0.5, 0, 1)[..., None]
-        background = background + inside * (CONFETTI[rng.integers(len(CONFETTI))] - background)
+        across, down = (places[abs(places - centre) < r + 1] for centre in (a, b))
+        inside = np.clip(r - np.hypot(across[None] - a, down[:, None] - b) + 0.5, 0, 1)[..., None]
+        under = background[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+        under += inside * (CONFETTI[rng.integers(len(CONFETTI))] - under)
     return background
 
 

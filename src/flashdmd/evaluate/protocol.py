@@ -1,6 +1,5 @@
 """One protocol for every arm: the same prompts, noise, judge and real pictures."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from flashdmd.emoji.world import STYLES, Split, World
 from flashdmd.errors import UserError
 from flashdmd.evaluate.diversity import pairwise
 from flashdmd.evaluate.kid import interval, kid
+from flashdmd.files import digest
 from flashdmd.seeds import seed_of
 
 VERSION = 3  # of everything in this folder that decides a number
@@ -156,10 +156,6 @@ def batches(pictures: np.ndarray, size: int = 64) -> list[Tensor]:
 
 def as_images(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).float() / 127.5 - 1
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
