@@ -96,3 +96,8 @@ def test_a_clean_pair_is_one_rendering(world: Watched) -> None:
         pair = pairs.draw(world, "test", rng, "clean")
         assert [e.name for e in world.seen] == [pair.name]
         assert world.seen[0].split == "test"
+
+
+def test_a_pair_alike_is_two_renderings_of_one_picture(world: Watched) -> None:
+    for one, other in drawn(world, "train", "alike", 20):
+        assert one is other

@@ -72,6 +72,17 @@ def test_the_plain_picture_is_one_of_the_renderings() -> None:
     assert any(np.array_equal(r, world.plain(7)) for r in renderings)
 
 
+def test_a_world_may_be_strewn_all_over_or_not_at_all() -> None:
+    bare, full = World(confetti=0.0), World(confetti=1.0)
+    clear = np.asarray(bare.pictures[2000])[..., 3] == 0
+    clear &= clear[:, ::-1]  # whichever way it is mirrored
+    for world, strewn in ((bare, False), (full, True)):
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            colours = np.unique(world.render(2000, rng)[:, clear], axis=1).shape[1]
+            assert (colours > 1) == strewn
+
+
 def dots(marked: np.ndarray) -> list[np.ndarray]:
     """Connected sets of marked pixels, corners counting: (n, 2) each."""
     left, found = {tuple(p) for p in np.argwhere(marked)}, []

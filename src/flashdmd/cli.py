@@ -205,6 +205,9 @@ def emoji_vae(
     decoder_only: Annotated[
         bool, typer.Option(help="Leave the latents of --start, and the teachers on them, valid.")
     ] = False,
+    confetti: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pictures strewn with it.")
+    ] = 0.75,
     max_train_steps: Steps = 2600,
     seed: Seed = 0,
 ) -> None:
@@ -214,7 +217,14 @@ def emoji_vae(
     check_start(start)
     if decoder_only and start is None:
         raise UserError("--decoder-only: name the autoencoder whose encoder stays with --start")
-    vae.train(output, max_train_steps, seed=seed, start=start, decoder_only=decoder_only)
+    vae.train(
+        output,
+        max_train_steps,
+        seed=seed,
+        start=start,
+        decoder_only=decoder_only,
+        confetti=confetti,
+    )
     typer.echo(f"Wrote {output / 'vae'}")
 
 

@@ -11,14 +11,16 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from flashdmd.emoji.world import Split, World, with_article
 
-Kind = Literal["caption", "clean", "shaded"]
-KINDS: tuple[Kind, ...] = ("caption", "clean", "shaded")
+Kind = Literal["caption", "clean", "shaded", "alike"]
+KINDS: tuple[Kind, ...] = ("caption", "clean", "shaded")  # whose pairs have a better picture
 VISIBLE = 1.0  # mean difference in 8-bit levels; saturation moves nothing in a grey picture
 
 
 @dataclass(frozen=True)
 class Pair:
-    """`win` is to be preferred to `lose` for `caption`; `name` is the concept it names."""
+    """`win` is to be preferred to `lose` for `caption`, or of a pair alike neither is; `name` is
+    the concept it names.
+    """
 
     kind: Kind
     caption: str
@@ -33,6 +35,7 @@ def draw(world: World, split: Split, rng: np.random.Generator, kind: Kind | None
     caption: the picture that is asked for, against one of another concept in the same style, half
     the time of the same subcategory. clean: a rendering against itself, corrupted. shaded: the
     shaded (fluent) drawing against a flat one of the same concept; the caption names no style.
+    alike, only when asked for: two renderings of one picture, whose backgrounds no caption decides.
     """
     kind = kind or KINDS[rng.integers(len(KINDS))]
     groups = index(world, split)
@@ -54,6 +57,8 @@ def draw(world: World, split: Split, rng: np.random.Generator, kind: Kind | None
     chosen = among[rng.integers(len(among))]
     e = world.emoji[chosen]
     picture = world.render(chosen, rng)
+    if kind == "alike":
+        return Pair(kind, e.prompt, e.name, picture, world.render(chosen, rng))
     if kind == "clean":
         return Pair(kind, e.prompt, e.name, picture, corrupt(picture, rng))
     near = groups.by_kin[e.style, e.subcategory] if hard else groups.by_style[e.style]

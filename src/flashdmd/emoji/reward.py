@@ -32,6 +32,7 @@ from flashdmd.schedule import STEPS, Process, VariancePreserving
 from flashdmd.seeds import seed_of
 
 PAIRS = 24_000
+ALIKE = 0.25  # of them; without, plain backgrounds were liked better, which RL found (docs/log.md)
 SHIPPED = "emoji-score"
 LEVELS = (0, 249, 499, 749, 999)  # where the held-out accuracy is reported
 
@@ -107,8 +108,10 @@ def cached(vae: AutoencoderKL, path: Path, n: int, seed: int) -> Latents:
         world, chunks = World(), []
         rng = np.random.default_rng(seed_of(seed, "reward pairs"))
         for start in range(0, n, 1000):
-            drawn = [pairs.draw(world, "train", rng) for _ in range(min(1000, n - start))]
-            chunks.append(encoded(vae, drawn))
+            kinds: list[pairs.Kind | None] = [
+                "alike" if rng.random() < ALIKE else None for _ in range(min(1000, n - start))
+            ]
+            chunks.append(encoded(vae, [pairs.draw(world, "train", rng, k) for k in kinds]))
         said = [(c.captions, c.kinds) for c in chunks]
         notes = [list(itertools.chain(*part)) for part in zip(*said, strict=True)]
         return {
@@ -117,7 +120,7 @@ def cached(vae: AutoencoderKL, path: Path, n: int, seed: int) -> Latents:
             "notes": torch.frombuffer(bytearray(json.dumps(notes), "ascii"), dtype=torch.uint8),
         }
 
-    key = f"{n} {seed} {latents_digest(vae)} {world_digest()}"
+    key = f"{n} {ALIKE} {seed} {latents_digest(vae)} {world_digest()}"
     stored = kept(path, key, make)
     captions, kinds = json.loads(stored["notes"].numpy().tobytes())
     return Latents(stored["win"].float(), stored["lose"].float(), captions, kinds)
@@ -145,6 +148,7 @@ def train(
     words, process = Words(pipeline), Process(VariancePreserving(), "v")
     data = cached(pipeline.vae, folder / "pairs.safetensors", n, seed)
     network = build(pipeline.unet)
+    alike = torch.tensor([float(kind == "alike") for kind in data.kinds])
 
     def loss(step: int) -> Losses:
         rows = torch.randint(len(data.win), (batch,))
@@ -155,7 +159,7 @@ def train(
         doubled = {k: torch.cat([v, v]) for k, v in cond.items()}
         with torch.autocast("cpu", torch.bfloat16):
             win, lose = network(x_t, t.repeat(2), doubled).float().chunk(2)
-        return {"pair": pair_loss(win, lose)}
+        return {"pair": pair_loss(win, lose, alike[rows])}
 
     fit(network, loss, plan)
     write(network, folder / "reward", str(teacher_folder))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flashdmd.discriminator import Discriminator
 from flashdmd.emoji.fit import Fit, Losses, fit, weights_of
-from flashdmd.emoji.world import SIZE, Split, World
+from flashdmd.emoji.world import CONFETTI_SHARE, SIZE, Split, World
 from flashdmd.files import digest, replace_folder
 from flashdmd.losses import hinge_discriminator, hinge_generator
 from flashdmd.models.backbones import EfficientNetLite
@@ -92,15 +92,18 @@ def train(
     seed: int = 0,
     start: Path | None = None,
     decoder_only: bool = False,
+    confetti: float = CONFETTI_SHARE,
 ) -> AutoencoderKL:
     """Trains, folds in the normalisation, and writes the autoencoder to `folder / "vae"`.
 
     `start` is an autoencoder of this kind to train on; its latents keep their meaning, roughly.
     With `decoder_only` they stay the same to the bit, and what was trained on them stays valid.
+    `confetti` is the share of pictures strewn with it, of which more is harder, in 0..1.
     """
     arguments = {
         "--start": weights_of(*([start] if start else [])),
         "--decoder-only": decoder_only,
+        "--confetti": confetti,
         "batch": batch,
     }
     plan = Fit(
@@ -108,7 +111,9 @@ def train(
         weight_decay=0.0, muon_rate=4e-3, arguments=arguments,
     )  # fmt: skip
     torch.manual_seed(seed)
-    world, vae = World(), AutoencoderKL.from_pretrained(start).train() if start else build()
+    world, vae = World(confetti=confetti), build()
+    if start:
+        vae = AutoencoderKL.from_pretrained(start).train()
     if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -136,7 +141,7 @@ def train(
             terms |= adversarial(adversary, real, fake)
         return terms
 
-    held_out = pixels(renderings(world, "test", 256, seed, "psnr")[0])
+    held_out = pixels(renderings(World(), "test", 256, seed, "psnr")[0])
 
     def show(_: nn.Module, step: int) -> None:
         print(f"step {step}: {psnr(vae, held_out):.2f} dB on held-out pictures", flush=True)

@@ -40,7 +40,7 @@ CONFETTI = (  # colours of the dots
     (240, 98, 104), (255, 179, 71), (255, 224, 102), (124, 203, 139), (94, 169, 226),
     (178, 132, 214), (255, 255, 255), (84, 94, 112),
 )  # fmt: skip
-CONFETTI_SHARE = 0.75  # of renderings
+CONFETTI_SHARE = 0.75  # of renderings, unless a `World` is told otherwise
 DOTS = 20  # tries to lay one
 RADII = (3.5, 6.5)  # pixels
 GAP = 1.5  # pixels between two dots, at least
@@ -106,7 +106,8 @@ def with_article(name: str) -> str:
 class World:
     """All pictures in memory; `render` and `caption` draw from the generator they are given."""
 
-    def __init__(self, path: Path = PACKED) -> None:
+    def __init__(self, path: Path = PACKED, confetti: float = CONFETTI_SHARE) -> None:
+        self.confetti = confetti
         with zipfile.ZipFile(path) as folder:
             lines = folder.read("metadata.jsonl").decode().splitlines()
             records = [json.loads(line) for line in lines]
@@ -156,7 +157,7 @@ class World:
             picture = shift_hue(picture, rng.uniform(-HUE, HUE))
         plain = rng.random() < WHITE_SHARE
         background = canvas(WHITE if plain else BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
-        if rng.random() < CONFETTI_SHARE:
+        if rng.random() < self.confetti:
             background = strew(background, rng)
         return paste(picture, background)
 
