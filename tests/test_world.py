@@ -11,7 +11,18 @@ from PIL import Image
 
 from flashdmd.emoji import pack, pairs
 from flashdmd.emoji.teacher import TEXT_LENGTH, tokens, train_tokenizer
-from flashdmd.emoji.world import CONFETTI, PACKED, RADII, STYLES, World, canvas, paste, strew
+from flashdmd.emoji.world import (
+    CONFETTI,
+    DOTS,
+    GAP,
+    PACKED,
+    RADII,
+    STYLES,
+    World,
+    canvas,
+    paste,
+    strew,
+)
 from flashdmd.evaluate.protocol import answers
 
 
@@ -109,6 +120,22 @@ def test_confetti_is_dots_of_one_colour_that_touch_no_other() -> None:
             assert np.ptp(dot, axis=0).max() <= 2 * RADII[1]
             assert len({tuple(strewn[y, x]) for y, x in dot}) == 1
     assert 8 < np.mean(counts) < 20
+
+
+def test_a_dot_is_a_disc_with_a_soft_edge_wherever_it_lies() -> None:
+    """The same draws laid over the whole canvas, dots across its border too."""
+    for seed in range(10):
+        rng, before = np.random.default_rng(seed), canvas((128, 128, 128))
+        laid, whole = [], before
+        y, x = np.mgrid[: len(whole), : len(whole)]
+        for _ in range(DOTS):
+            r, (a, b) = rng.uniform(*RADII), rng.uniform(0, len(whole), 2)
+            if all(np.hypot(a - c, b - d) >= r + s + GAP for c, d, s in laid):
+                laid.append((a, b, r))
+                inside = np.clip(r - np.hypot(x - a, y - b) + 0.5, 0, 1)[..., None]
+                whole = whole + inside * (CONFETTI[rng.integers(len(CONFETTI))] - whole)
+        assert np.array_equal(strew(before, np.random.default_rng(seed)), whole)
+        assert np.array_equal(before, canvas((128, 128, 128)))
 
 
 def test_confetti_lies_behind_the_picture(world: World) -> None:
