@@ -232,13 +232,20 @@ def test_latents_are_kept_for_one_seed_and_autoencoder(
         assert len(made) == count
         fresh = tmp_path / f"{count}.safetensors"
         assert torch.equal(teacher.cache_latents(world, coder, fresh, renderings, seed), latents)
-    monkeypatch.setattr(teacher, "PACKED", path)  # stands for other pictures
+    monkeypatch.setattr("flashdmd.emoji.world.PACKED", path)  # stands for other pictures
     count = len(made)
     teacher.cache_latents(world, other, path, 2, 1)
     assert len(made) > count
 
 
-ASKED = {"--seed": "0", "--start": "none", "--decoder-only": "False", "batch": "32", "pairs": "8"}
+ASKED = {
+    "--seed": "0",
+    "--start": "none",
+    "--decoder-only": "False",
+    "--confetti": "0.75",
+    "batch": "32",
+    "pairs": "8",
+}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +254,7 @@ ASKED = {"--seed": "0", "--start": "none", "--decoder-only": "False", "batch": "
         ("vae", {"--start": "0123 of here"}, "--start is none, .* begun with 0123 of here"),
         ("vae", {"--decoder-only": "True"}, "--decoder-only is False, .* begun with True"),
         ("vae", {"--seed": "1"}, "--seed is 0, .* begun with 1"),
+        ("vae", {"--confetti": "1.0"}, "--confetti is 0.75, .* begun with 1.0"),
         ("vae", {"batch": "8"}, "batch is 32, .* begun with 8"),
         ("reward", {}, "--start is .*score, .* begun with none"),
         ("words", {}, "--start is .*, .* begun with none"),

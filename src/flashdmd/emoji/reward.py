@@ -138,7 +138,7 @@ def train(
 
     Both pictures of a pair are noised on their own at the same t, drawn from the whole range.
     """
-    arguments = {"--start": weights_of(teacher_folder), "batch": batch, "pairs": n}
+    arguments = {"--start": weights_of(teacher_folder), "batch": batch, "pairs": n, "alike": ALIKE}
     plan = Fit(
         max_train_steps, 2e-4, folder, seed, weight_decay=0.05, ema_decay=0.998, arguments=arguments
     )
