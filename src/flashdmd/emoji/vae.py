@@ -111,9 +111,8 @@ def train(
         weight_decay=0.0, muon_rate=4e-3, arguments=arguments,
     )  # fmt: skip
     torch.manual_seed(seed)
-    world, vae = World(confetti=confetti), build()
-    if start:
-        vae = AutoencoderKL.from_pretrained(start).train()
+    world = World(confetti=confetti)
+    vae = AutoencoderKL.from_pretrained(start).train() if start else build()
     if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
