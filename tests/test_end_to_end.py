@@ -19,7 +19,7 @@ from flashdmd import cli, compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.files import stoppable
+from flashdmd.files import alone_in, stoppable
 from flashdmd.report.run import parsed
 from flashdmd.session import Session, load_teacher, open_session
 from flashdmd.trainer import Trainer
@@ -186,6 +186,15 @@ def test_a_line_torn_by_a_kill_takes_no_other_with_it(
     records, torn = parsed(log.read_text())
     assert [r["iteration"] for r in records] == [1, 2, 3, 4]
     assert not torn
+
+
+def test_two_processes_do_not_write_one_run(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with alone_in(output), pytest.raises(UserError, match=f"another process.*{output}"):
+        run.train(recipe(folders, output, family), progress=quiet)
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_the_trunk_sees_what_the_whole_unet_sees(teacher: Path) -> None:
 def test_it_learns_the_order_of_real_pairs(teacher: Path, tmp_path: Path) -> None:
     """On 48 pairs it has seen, at no noise; the teacher's own weights stay what they were.
 
-    Two renderings of one picture, about a quarter of the pairs, are nearly equal to it.
+    Two renderings of one picture, about half of the pairs, are nearly equal to it.
     """
     before = StableDiffusionPipeline.from_pretrained(teacher).text_encoder.state_dict()
     network = emoji_reward.train(tmp_path, teacher, 250, batch=32, n=48)
@@ -116,7 +116,7 @@ def test_it_learns_the_order_of_real_pairs(teacher: Path, tmp_path: Path) -> Non
     alike = torch.tensor([kind == "alike" for kind in data.kinds])
     with torch.no_grad():
         gain = network(data.win, zero, cond) - network(data.lose, zero, cond)
-    assert 4 <= alike.sum() <= 20
+    assert 12 <= alike.sum() <= 36
     assert (gain[~alike] > 0).float().mean() > 0.8
     assert gain[alike].abs().mean() < 0.5 * gain[~alike].abs().mean()
     after = words.pipeline.text_encoder.state_dict()

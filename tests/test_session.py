@@ -1,6 +1,8 @@
 """What a recipe becomes: guided teacher, reference, optimizers, pictures, prompts, precision."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from flashdmd.algorithm import Loss
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
-from flashdmd.files import cut_torn_line
+from flashdmd.errors import UserError
+from flashdmd.files import alone_in, cut_torn_line
 from flashdmd.models import families
 from flashdmd.models.families import Teacher
 from flashdmd.session import Session, open_session
@@ -70,6 +73,26 @@ def test_a_torn_line_is_cut(before: str | None, after: str | None, tmp_path: Pat
         log.write_text(before)
     cut_torn_line(log)
     assert (log.read_text() if log.exists() else None) == after
+
+
+def test_a_folder_is_left_when_its_process_is_killed(tmp_path: Path) -> None:
+    held = f"""
+from pathlib import Path
+from flashdmd.files import alone_in
+with alone_in(Path({str(tmp_path)!r})):
+    print("in", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", held], stdin=-1, stdout=-1) as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="another process is writing to"), alone_in(tmp_path):
+            pass
+        other.kill()
+    with alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
 
 
 def test_the_teacher_is_guided_as_the_recipe_says(teacher: Teacher) -> None:

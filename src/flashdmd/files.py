@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+from flashdmd.errors import UserError
 
 ERRNO = re.compile(r"os error (\d+)")  # how safetensors and tokenizers, in Rust, tell of one
 
@@ -106,6 +109,27 @@ def write_text(path: Path, text: str) -> None:
     """Writes beside `path` and renames, so that a reader never sees half a file."""
     with replace_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process is in `folder`; one that was killed is not in it any more.
+
+    Raises UserError when another is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as e:
+        raise UserError(
+            f"another process is writing to {folder}; wait until it ends, stop it, or give another "
+            "folder"
+        ) from e
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from flashdmd.emoji.teacher import SHOWN
 from flashdmd.emoji.world import ASSETS, Split
 from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
-from flashdmd.files import write_text
+from flashdmd.files import alone_in, write_text
 from flashdmd.models import families
 from flashdmd.models.families import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
@@ -70,7 +70,8 @@ WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "rewar
 def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None) -> Path:
     """Stage 1, then stage 2 if the recipe has one; leaves the students in `output_dir`.
 
-    A run that was stopped goes on from its newest checkpoint unless `resume` is False.
+    A run that was stopped goes on from its newest checkpoint unless `resume` is False. Raises
+    UserError when another process runs in the same folder.
     """
     output = Path(recipe.output_dir)
     point = checkpoint.latest(output) if resume else None
@@ -78,8 +79,15 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     if point:
         check_progress(recipe, checkpoint.state_of(point), changed)
     session = open_session(recipe)
-    prepare(recipe, resume)
-    show = progress or bar()
+    with alone_in(output):
+        prepare(recipe, resume)
+        both_stages(session, point, progress or bar())
+    return output
+
+
+def both_stages(session: Session, point: Path | None, show: Progress) -> None:
+    """From the checkpoint `point`, or from the start, to the students."""
+    recipe, output = session.recipe, session.output
     if point is None or checkpoint.state_of(point)["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
@@ -104,7 +112,6 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
             output / "timing.json",
             {"milliseconds": stopwatch.milliseconds(), "iterations": stopwatch.iterations},
         )
-    return output
 
 
 def check_progress(recipe: Recipe, state: dict[str, Any], changed: set[str]) -> None:
