@@ -12,9 +12,8 @@ from flashdmd.algorithm import Method
 from flashdmd.baselines import (
     DISCRIMINATOR_WEIGHT,
     DMD2,
-    GENERATOR_WEIGHT,
+    NUMBERS,
     dmd2_cycle,
-    dmd2_method,
 )
 from flashdmd.discriminator import FeatureHead
 from flashdmd.sampler import Sampler
@@ -47,7 +46,9 @@ def dmd2(method=None, **networks):
         "discriminator": FeatureHead(8, SIZE),
     }
     sampler = Sampler(Process(VariancePreserving(), "eps"), STEPS)
-    return DMD2(dmd2_method(method or Method()), sampler, **(defaults | networks))
+    return DMD2(
+        method or Method(**NUMBERS, matching_timesteps=STEPS), sampler, **(defaults | networks)
+    )
 
 
 def latents(n=8):
@@ -55,7 +56,7 @@ def latents(n=8):
 
 
 def test_five_updates_of_the_score_estimator_and_head_to_one_of_the_generator():
-    order = dmd2_cycle(dmd2_method(Method(ttur=1)), "distill")
+    order = dmd2_cycle(Method(**NUMBERS), "distill")
     iterations = [order[n % len(order)] for n in range(100)]
     counts = Counter(update for iteration in iterations for update in iteration)
     assert counts == {"generator": 20, "score": 100}
@@ -67,18 +68,7 @@ def test_five_updates_of_the_score_estimator_and_head_to_one_of_the_generator():
 @pytest.mark.parametrize("stage", ["joint", "rl"])
 def test_dmd2_has_no_second_stage(stage):
     with pytest.raises(ValueError, match="no reinforcement learning, only 'distill'"):
-        dmd2_cycle(Method(), stage)
-
-
-def test_dmd2s_numbers_replace_flash_dmds_and_the_rest_is_kept():
-    ours = Method(teacher_guidance_scale=5.0, renoise="above_t", score_coupling=0.9)
-    method = dmd2_method(ours)
-    assert method.matching_timesteps == method.student_timesteps == STEPS
-    assert method.ttur == 5
-    assert method.renoise == "full"
-    assert method.score_coupling == 1.0
-    assert (method.gan_loss_weight, method.gan_gradient_ratio) == (5e-3, None)
-    assert method.teacher_guidance_scale == 5.0
+        dmd2_cycle(Method(**NUMBERS), stage)
 
 
 def test_matching_happens_at_every_step_of_the_student_alike():
@@ -120,7 +110,7 @@ def test_the_generators_term_is_the_softplus_of_the_heads_verdict():
     (call,) = algorithm.score.calls
     assert call.cond is cond
     logits = algorithm.discriminator(algorithm.score.bottleneck(call.x_t, call.t, cond))
-    expected = GENERATOR_WEIGHT * F.softplus(-logits).mean()
+    expected = NUMBERS["gan_loss_weight"] * F.softplus(-logits).mean()
     torch.testing.assert_close(adversarial, expected)
 
 

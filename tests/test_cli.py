@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from flashdmd import cli
 from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import Interrupted
 from flashdmd.files import replace_folder, write_text
 
 
@@ -138,6 +139,32 @@ def test_a_full_disk_is_a_message_and_code_2(
     err = capsys.readouterr().err
     assert "No space left on device: runs/demo/student" in err
     assert "intact" in err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (Interrupted("stopped after 3 updates; saved in runs/a"), 130, "saved in runs/a; {} goes"),
+        (FloatingPointError("iteration 3"), 2, "{} with lower learning rates goes on"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "with room, {} goes on"),
+    ],
+)
+@pytest.mark.parametrize("flag", [[], ["--no-resume"]])
+def test_who_goes_on_is_not_told_to_start_over(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: Exception,
+    code: int,
+    said: str,
+    flag: list[str],
+) -> None:
+    def stopped(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("flashdmd.run.full", stopped)
+    assert call(monkeypatch, "train", "emoji-score", *flag) == code
+    again = "the same command, without --no-resume," if flag else "the same command"
+    assert said.format(again) in capsys.readouterr().err
 
 
 def test_a_path_that_cannot_be_is_a_message_and_code_2(

@@ -37,6 +37,28 @@ def test_overrides_come_after_the_file(tmp_path: Path) -> None:
     assert (recipe.train.seed, recipe.train.learning_rate, recipe.output_dir) == (2, 1e-5, "x")
 
 
+def test_another_arm_brings_its_own_numbers_and_what_is_named_beside_it_wins(
+    tmp_path: Path,
+) -> None:
+    text = "method: {ttur: 3, score_coupling: 0.9, gan_loss_weight: 0.5, teacher_guidance_scale: 3}"
+    arm = ("train.arm=dmd2", "train.joint_train_steps=0")
+    switched = load(text, tmp_path, *arm)
+    method = switched.method
+    assert (method.ttur, method.gan_loss_weight, method.gan_gradient_ratio) == (5, 5e-3, None)
+    assert (method.score_coupling, method.renoise) == (1.0, "full")
+    assert method.matching_timesteps == method.student_timesteps
+    assert method.teacher_guidance_scale == 3
+    own = load(text, tmp_path, "method.ttur=10", *arm, "method.gan_loss_weight=0.001").method
+    assert (own.ttur, own.gan_loss_weight) == (10, 1e-3)
+    assert load(config.dump(switched), tmp_path) == switched
+    back = load(config.dump(switched), tmp_path, "train.arm=flash-dmd").method
+    assert (back.ttur, back.matching_timesteps) == (2, (999, 749, 499))
+    few = load("", tmp_path, *arm, "method.student_timesteps=[999, 499]").method
+    assert few.matching_timesteps == (999, 499)
+    filed = load("train: {arm: dmd2, joint_train_steps: 0}\nmethod: {ttur: 10}", tmp_path).method
+    assert (filed.ttur, filed.gan_gradient_ratio) == (10, None)
+
+
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-05", "0.00001", "+1e-5"])
 def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path) -> None:
     assert load("", tmp_path, f"train.learning_rate={text}").train.learning_rate == 1e-5
@@ -61,6 +83,7 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
         ("method.preference_timesteps=[249]", "the last step"),
         ("train.arm=dmd3", "'flash-dmd' or 'dmd2'"),
         ("train.arm=dmd2", "no second stage"),
+        ("train={arm: dmd2, joint_train_steps: 0}\nmethod.score_coupling=0.9", "never sees"),
         ("train.gan_calibration_steps=[9,3]", "must rise"),
         ("train.gradient_accumulation_steps=4", "gradient_accumulation_steps=4"),
         ("train=3", "train must hold keys"),
@@ -71,7 +94,7 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
 )
 def test_what_is_wrong_is_named(override: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load("", tmp_path, override)
+        load("", tmp_path, *override.splitlines())
     assert said in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from flashdmd import cli, compare, config, run
+from flashdmd import checkpoint, cli, compare, config, run
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
@@ -170,7 +170,7 @@ def test_a_run_stopped_anywhere_ends_as_the_run_that_was_not(
         except Interrupted as e:
             stops.append(str(e))
     assert len(stops) >= 9
-    assert all("The same command goes on from there" in said for said in stops)
+    assert all(f"saved in {tmp_path / 'run'}" in said for said in stops)
     ours, theirs = weights(tmp_path / "run"), weights(finished)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
@@ -247,6 +247,24 @@ def test_a_disk_that_is_full_when_a_student_is_written_loses_nothing(
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     made = [(r / "metrics.jsonl").read_text().count("\n") for r in (disk / "run", finished)]
     assert made[0] == made[1]  # nothing was done twice
+
+
+def test_a_checkpoint_takes_the_room_of_an_older_one_on_a_full_disk(
+    finished: Path, folders: dict[str, Path], family: str, disk: Path
+) -> None:
+    ballast = disk / "ballast"
+
+    def fill(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        """Before the last checkpoint of stage 1 is written."""
+        if stage == "distill" and len(checkpoint.all_of(disk / "run")) == 2:
+            ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 2**16))
+        else:
+            ballast.write_bytes(b"")
+
+    more = ("train.max_train_steps=3", "train.joint_train_steps=0")
+    run.train(recipe(folders, disk / "run", family, *more), progress=fill)
+    assert ballast.stat().st_size > 2**16
+    assert [p.name for p in checkpoint.all_of(disk / "run")] == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_another_recipe_in_the_same_folder_is_refused(
@@ -376,6 +394,22 @@ def test_dmd2_runs_on_the_same_teacher(
     assert len(records) == 5
     assert sum("matching" in r for r in records) == 1
     assert all({"diffusion", "logistic"} <= r.keys() for r in records)
+
+
+def test_a_run_of_rl_alone_is_called_so(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    from flashdmd import report
+
+    more = ["train.stage2=rl", "train.joint_train_steps=1", "train.max_train_steps=1"]
+    output = run.train(recipe(folders, tmp_path / "run", family, *more), progress=quiet)
+    run.measure(recipe(folders, tmp_path / "run", family, *more))
+    rows = json.loads((output / "metrics.json").read_text())["rows"]
+    assert [r["arm"] for r in rows][2:] == ["student-stage1", "student-rl"]
+    page = report.write(output).read_text()
+    assert "Student after RL alone" in page
+    assert "has not run" not in page
+    assert "no figures from before and after" not in page
 
 
 def test_the_table_and_the_report_are_written(

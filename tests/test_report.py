@@ -190,7 +190,7 @@ def test_a_run_stopped_in_stage_1_gives_a_page(tmp_path):
     lines = [json.dumps(line) for line in training_log(60, 0)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 60, "hin')
     text = Page(write(tmp_path)).text
-    assert "Stage 2 (joint reinforcement learning) has not run." in text
+    assert "Stage 2 (reinforcement learning) has not run." in text
     assert "cannot be read and are left out: 1." in text
     assert "60 iterations, 30 generator updates, 1,920 images" in text
     assert "No result yet" in text

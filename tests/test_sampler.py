@@ -1,8 +1,10 @@
 """The few-step walk against diffusers' schedulers and against exact moments."""
 
+import math
+
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from gaussian import Gaussian
 
 from flashdmd.sampler import Sampler, guided, repeat, times
@@ -61,6 +63,62 @@ def test_a_walk_is_diffusers_stochastic_flow(shift, steps):
         lambda x, t, cond: process.to_x0(network(x, t), x, t), noise, {}
     )
     torch.testing.assert_close(ours, x, atol=1e-6, rtol=1e-6)
+
+
+def test_a_walk_without_fresh_noise_is_diffusers_euler():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    process = Process(RectifiedFlow(), "flow")
+    x = noise = torch.randn(2, 4, 8, 8)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.repeat(2)), t, x, return_dict=False)[0]
+    ours = Sampler(process, SHIFTED, eta=0.0).sample(
+        lambda x, t, cond: process.to_x0(network(x, t), x, t), noise, {}
+    )
+    torch.testing.assert_close(ours, x, atol=1e-6, rtol=1e-6)
+
+
+def test_a_walk_without_fresh_noise_is_diffusers_ddim():
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True,
+    )  # fmt: skip
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == list(STEPS)
+    process = Process(VariancePreserving(), "v")
+    x = noise = torch.randn(2, 4, 8, 8)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.repeat(2)), t, x, return_dict=False)[0]
+    ours = Sampler(process, STEPS, eta=0.0).sample(
+        lambda x, t, cond: process.to_x0(network(x, t), x, t), noise, {}
+    )
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [VariancePreserving(), RectifiedFlow()])
+def test_kept_noise_changes_no_moment_of_the_next_state(schedule):
+    """Of an x_0 that is known exactly, N(alpha' x_0, sigma'^2 I) at every eta; at 1 with the same
+    draws as without a state."""
+    process = Process(schedule, "eps")
+    x0 = torch.full((200_000, 1), 3.0)
+    x_t = process.add_noise(x0, torch.randn_like(x0), times(749, x0))
+    alpha, sigma = (v.item() for v in schedule(torch.tensor([499])))
+    for eta in (0.0, 0.3, 0.9, 1.0):
+        sampler = Sampler(process, (749, 499), eta=eta)
+        drawn = sampler.renoise(x0, 499, seeded(), (x_t, 749))
+        assert drawn.mean().item() == pytest.approx(3 * alpha, abs=4 * sigma / 447)
+        assert drawn.std().item() == pytest.approx(sigma, rel=4 / 632)
+        _, std = sampler.transition(x0[:1], 499, (x_t[:1], 749))
+        assert std.item() == pytest.approx(sigma * math.sin(eta * math.pi / 2), abs=1e-6)
+    assert torch.equal(drawn, Sampler(process, (749, 499)).renoise(x0, 499, seeded()))
+
+
+def test_kept_noise_needs_the_state_that_it_was_in():
+    process = Process(VariancePreserving(), "eps")
+    with pytest.raises(ValueError, match=r"eta=0\.5 keeps noise"):
+        Sampler(process, STEPS, eta=0.5).renoise(torch.zeros(1, 1), 249)
+    with pytest.raises(ValueError, match=r"eta=1\.5 must lie in 0\.\.1"):
+        Sampler(process, STEPS, eta=1.5)
 
 
 def moments(gaussian, steps):

@@ -11,7 +11,7 @@ from networks import STEPS, D, Estimator
 from torch import Tensor, nn
 
 from flashdmd.algorithm import FlashDMD, Method, Stage, Update, cycle
-from flashdmd.baselines import DMD2, dmd2_cycle, dmd2_method
+from flashdmd.baselines import DMD2, NUMBERS, dmd2_cycle
 from flashdmd.errors import UserError
 from flashdmd.sampler import Sampler
 from flashdmd.schedule import Process, VariancePreserving
@@ -76,7 +76,7 @@ def averaging() -> Trainer:
 
 def dmd2_trainer() -> Trainer:
     torch.manual_seed(0)
-    method = dmd2_method(Method())
+    method = Method(**NUMBERS)
     generator, score, head = Net(), Net(), nn.Linear(D, 1)
     algorithm = DMD2(method, SAMPLER, Estimator(0.2, 1.0), generator, score, head)
     learners = {

@@ -6,8 +6,8 @@ once; five of its updates a generator update and no coupling.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +28,16 @@ from flashdmd.algorithm import (
 from flashdmd.sampler import Cond, Denoiser, Sampler, times
 from flashdmd.schedule import STEPS
 
-GENERATOR_WEIGHT = 5e-3  # of the GAN term in the generator's loss, SDXL
-DISCRIMINATOR_WEIGHT = 1e-2  # of the GAN term in the score estimator's loss
 TTUR = 5
+NUMBERS: dict[str, Any] = {  # of a `Method` that are DMD2's own; it matches at every step as well
+    "ttur": TTUR,
+    "score_coupling": 1.0,
+    "renoise": "full",
+    "gan_loss_weight": 5e-3,  # of the GAN term in the generator's loss, SDXL
+    "gan_gradient_ratio": None,
+}
+DISCRIMINATOR_WEIGHT = 1e-2  # of the GAN term in the score estimator's loss
 Bottleneck = Callable[[Tensor, Tensor, Cond], Tensor]
-
-
-def dmd2_method(method: Method) -> Method:
-    """`method` as DMD2 would run it: the same steps, teacher and guidance, DMD2's own numbers."""
-    return replace(
-        method,
-        matching_timesteps=method.student_timesteps,
-        ttur=TTUR,
-        score_coupling=1.0,
-        renoise="full",
-        gan_loss_weight=GENERATOR_WEIGHT,
-        gan_gradient_ratio=None,
-    )
 
 
 def dmd2_cycle(method: Method, stage: Stage) -> tuple[tuple[Update, ...], ...]:

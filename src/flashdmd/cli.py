@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flashdmd.errors import Interrupted, UserError
+from flashdmd.errors import FULL, Interrupted, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +22,6 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at a recipe.")
 app.add_typer(emoji, name="emoji")
 app.add_typer(config_app, name="config")
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
 OUTSIDE = FULL | {  # what can be wrong with a disk or a path, and is no fault of ours
     errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
     errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
@@ -319,6 +318,7 @@ def env() -> None:
 
 def main() -> None:
     """Runs a command; what a person can mend ends with a message and code 2, a stop with 130."""
+    again = "the same command" + (", without --no-resume," if "--no-resume" in sys.argv else "")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
@@ -326,20 +326,20 @@ def main() -> None:
     except UserError as e:
         fail(str(e), 2)
     except Interrupted as e:
-        fail(str(e), 130)
+        fail(f"{e}; {again} goes on from there", 130)
     except KeyboardInterrupt:
-        fail("stopped; what was saved before is intact", 130)
+        fail(f"stopped; what was saved before is intact, and {again} uses it", 130)
     except FloatingPointError as e:
         fail(
-            f"not finite: {e}. What was saved before is intact; the same command with lower "
-            "learning rates goes on from there",
+            f"not finite: {e}. What was saved before is intact; {again} with lower learning rates "
+            "goes on from there",
             2,
         )
     except OSError as e:
         if e.errno not in OUTSIDE:
             raise
         where = f": {e.filename}" if e.filename else ""
-        on = "; with room, the same command goes on" if e.errno in FULL else ""
+        on = f"; with room, {again} goes on" if e.errno in FULL else ""
         fail(f"{e.strerror}{where}. What was saved before is intact{on}", 2)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flashdmd import run
 from flashdmd.baselines import TTUR
-from flashdmd.config import Recipe, build
+from flashdmd.config import Recipe, apply, build
 from flashdmd.emoji import judge
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
@@ -165,12 +165,10 @@ def students(
 
 def variant(recipe: Recipe, planned: Planned, seed: int, folder: Path) -> Recipe:
     """The recipe of one arm and seed."""
-    content = json.loads(recipe.model_dump_json())
-    changes = planned.changes(recipe, folder) | {"train.seed": seed}
-    for name, value in changes.items():
-        section, key = name.split(".")
-        content[section][key] = value
-    content["output_dir"] = str(folder / planned.folder)
+    own = {"train.seed": seed, "output_dir": str(folder / planned.folder)}
+    changes = planned.changes(recipe, folder) | own
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    content = apply(json.loads(recipe.model_dump_json()), overrides)
     return build(content, f"{planned.folder}, a part of the comparison")
 
 

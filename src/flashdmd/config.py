@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from flashdmd.algorithm import Method, split
+from flashdmd.baselines import NUMBERS as DMD2
 from flashdmd.errors import UserError
 from flashdmd.schedule import STEPS
 
@@ -120,15 +121,18 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _split(cls, content: Any) -> Any:
-        """Steps that are named without a split get the default one."""
-        method = content.get("method") if isinstance(content, dict) else None
+    def _defaults(cls, content: Any) -> Any:
+        """What a method leaves out: the split of its steps, and under DMD2 that one's numbers."""
+        method = content.get("method", {}) if isinstance(content, dict) else None
         if not isinstance(method, dict):
             return content
-        steps = method.get("student_timesteps")
+        steps = method.get("student_timesteps", Method.student_timesteps)
+        left_out: dict[str, Any] = {}
         if isinstance(steps, list | tuple) and steps and all(type(t) is int for t in steps):
-            return {**content, "method": {**split(tuple(steps)), **method}}
-        return content
+            left_out |= split(tuple(steps))
+        if arm_of(content) == "dmd2":
+            left_out |= {"matching_timesteps": steps, **DMD2}
+        return {**content, "method": {**left_out, **method}}
 
     @property
     def first_stage(self) -> str:
@@ -139,8 +143,7 @@ class Recipe(Section):
     def _calibration(self) -> "Recipe":
         train, first = self.train, self.first_stage
         steps = train.max_train_steps or train.joint_train_steps
-        fixed = self.method.gan_gradient_ratio is None
-        if fixed or train.arm == "dmd2" or first == "rl" or not steps:
+        if self.method.gan_gradient_ratio is None or first == "rl" or not steps:
             return self
         if train.gan_calibration_steps[1] > steps:
             raise ValueError(
@@ -157,6 +160,15 @@ class Recipe(Section):
             raise ValueError(
                 "train.arm=dmd2 judges real latents by their own captions, so data.prompts cannot "
                 "replace these; leave data.prompts out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coupling(self) -> "Recipe":
+        if self.train.arm == "dmd2" and self.method.score_coupling != 1:
+            raise ValueError(
+                f"method.score_coupling={self.method.score_coupling}: the score estimator of "
+                "train.arm=dmd2 never sees the student's weights; leave it out, or use flash-dmd"
             )
         return self
 
@@ -259,7 +271,11 @@ def load(path: Path, overrides: list[str]) -> Recipe:
 
 
 def apply(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`content` with `section.key=value` put in, values read as YAML."""
+    """`content` with `section.key=value` put in, values read as YAML.
+
+    Another `train.arm` takes the numbers that are one arm's own out of `content`: what is not named
+    beside it is the new arm's default.
+    """
     result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -273,7 +289,18 @@ def apply(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             result[section] = {**(result.get(section) or {}), key: value}
         else:
             result[section] = value
+    named, method = {o.partition("=")[0] for o in overrides}, result.get("method")
+    if arm_of(result) != arm_of(content) and isinstance(method, dict) and "method" not in named:
+        own = {"matching_timesteps", *DMD2} - {name.removeprefix("method.") for name in named}
+        result["method"] = {k: v for k, v in method.items() if k not in own}
     return result
+
+
+def arm_of(content: dict[str, Any]) -> Any:
+    """The method that a recipe names, before it is known to be a recipe."""
+    train = content.get("train")
+    named = train.get("arm") if isinstance(train, dict) else getattr(train, "arm", None)
+    return named or Train.model_fields["arm"].default
 
 
 def check_keys(content: dict[Any, Any], where: str) -> None:

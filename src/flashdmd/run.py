@@ -265,7 +265,7 @@ def measure(recipe: Recipe) -> Path:
         "student-stage1": Arm(families.load(output / "student-stage1"), steps, 0.0),
     }
     if recipe.train.joint_train_steps:
-        arms["student-joint"] = Arm(families.load(output / "student"), steps, 0.0)
+        arms[f"student-{recipe.train.stage2}"] = Arm(families.load(output / "student"), steps, 0.0)
     protocol = Protocol(num_prompts=recipe.validation.num_prompts, seed=recipe.validation.seed)
     bench = Bench(protocol, judge.load(ASSETS / "judge"))
     name = recipe.model.reward_model_name_or_path
@@ -304,7 +304,8 @@ class Arm:
         """(N, 3, H, W) uint8; noise i is the same for every arm, and so are later draws."""
         images = []
         at_once = max(1, DRAWN_AT_ONCE * 64**2 // self.teacher.image_size**2)
-        for start in range(0, len(prompts), at_once):
+        starts = range(0, len(prompts), at_once)
+        for start in tqdm(starts, desc="draw", unit="batch", leave=False, delay=10):
             some = prompts[start : start + at_once]
             torch.manual_seed(seed_of("draw", seed, start))
             noise = self.teacher.noise(len(some), seed + start)
@@ -348,7 +349,7 @@ def evaluate(
     protocol = Protocol(num_prompts=num_prompts, split=split, seed=seed)
     bench = Bench(protocol, judge.load(ASSETS / "judge"))
     rows = [bench.measure(REAL, 0, bench.draw_real, None)]
-    for name, (model, steps, scale) in arms.items():
+    for name, (model, steps, scale) in tqdm(arms.items(), desc="measure", unit="arm"):
         arm = Arm(teachers[model], steps, scale)
         score = scorer(rewards[model], arm.teacher) if reward else None
         rows.append(bench.measure(name, arm.nfe, arm.draw, score))

@@ -1,5 +1,6 @@
 """Few-step stochastic sampling: denoise to x_0, add fresh noise at the next level, repeat."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,13 +55,17 @@ class Sampler:
     """A student's walk down `steps` (network times). `None` stands for the end, where x = x_0.
 
     It is what diffusers' LCMScheduler does for score-based models, and what
-    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True) does for flows.
+    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True) does for flows. `eta` below 1 keeps
+    a part of the noise that is there (CPS, arXiv 2509.05952); 0 keeps all of it: DDIM, or Euler.
     """
 
     process: Process
     steps: tuple[int, ...]
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must lie in 0..1, from no fresh noise to fresh alone")
         if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
             raise ValueError(f"steps={self.steps} must be one or more times, strictly decreasing")
         if self.steps[-1] <= 0 or self.steps[0] > self.process.schedule.last:
@@ -74,17 +79,35 @@ class Sampler:
         return self.steps[i] if i < len(self.steps) else None
 
     def transition(
-        self, x0: Float[Tensor, "B *d"], t_next: int
+        self,
+        x0: Float[Tensor, "B *d"],
+        t_next: int,
+        seen: tuple[Float[Tensor, "B *d"], int] | None = None,
     ) -> tuple[Float[Tensor, "B *d"], Float[Tensor, "B"]]:
-        """Mean and standard deviation of  p(z_next | z_t) = N(alpha' x_0(z_t, t), sigma'^2 I)."""
+        """Mean and standard deviation of  p(z_next | z_t) = N(alpha' x_0(z_t, t), sigma'^2 I).
+
+        Below eta = 1 of  N(alpha' x_0 + sigma' cos(eta pi / 2) eps, (sigma' sin(eta pi / 2))^2 I)
+        with eps = (z_t - alpha x_0) / sigma; it needs `seen`, the pair (z_t, t).
+        """
         alpha, sigma = self.process.at(times(t_next, x0), x0)
-        return alpha * x0, sigma.flatten()
+        if self.eta == 1:
+            return alpha * x0, sigma.flatten()
+        if seen is None:
+            raise ValueError(f"eta={self.eta} keeps noise of the state before, and none is given")
+        z_t, t = seen
+        alpha_t, sigma_t = self.process.at(times(t, x0), x0)
+        kept = math.cos(self.eta * math.pi / 2) * (z_t - alpha_t * x0) / sigma_t
+        return alpha * x0 + sigma * kept, math.sin(self.eta * math.pi / 2) * sigma.flatten()
 
     def renoise(
-        self, x0: Float[Tensor, "B *d"], t_next: int, rng: torch.Generator | None = None
+        self,
+        x0: Float[Tensor, "B *d"],
+        t_next: int,
+        rng: torch.Generator | None = None,
+        seen: tuple[Float[Tensor, "B *d"], int] | None = None,
     ) -> Float[Tensor, "B *d"]:
         """A draw from `transition`."""
-        mean, std = self.transition(x0, t_next)
+        mean, std = self.transition(x0, t_next, seen)
         fresh = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
         return mean + per_example(std, x0) * fresh
 
@@ -106,7 +129,7 @@ class Sampler:
             x_t[t] = x
             x0[t] = denoiser(x, times(t, x), cond)
             t_next = self.after(t)
-            x = x0[t] if t_next is None else self.renoise(x0[t], t_next, rng)
+            x = x0[t] if t_next is None else self.renoise(x0[t], t_next, rng, (x, t))
             t = t_next
         return Walk(x_t, x0, x)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
-from flashdmd.baselines import DMD2, dmd2_cycle, dmd2_method
+from flashdmd.baselines import DMD2, dmd2_cycle
 from flashdmd.batches import Batches, EmojiSource, Source
 from flashdmd.config import Recipe
 from flashdmd.data import open_folder, read_prompts
@@ -20,7 +20,7 @@ from flashdmd.discriminator import Discriminator, FeatureHead
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.world import ASSETS, SIZE
-from flashdmd.errors import Interrupted, UserError
+from flashdmd.errors import FULL, Interrupted, UserError
 from flashdmd.files import cut_torn_line, stoppable, write_text
 from flashdmd.models import families
 from flashdmd.models.backbones import EfficientNetLite
@@ -85,7 +85,6 @@ class Session:
         reward = None if stage == "distill" else self.reward
         algorithm: FlashDMD | DMD2
         if recipe.train.arm == "dmd2":
-            method = dmd2_method(method)
             algorithm, order = DMD2(method=method, **shared), dmd2_cycle(method, stage)
         else:
             reference = copy.deepcopy(self.generator).requires_grad_(False) if reward else None
@@ -287,15 +286,26 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
 def stopped(trainer: Trainer, output: Path) -> Interrupted:
     return Interrupted(
         f"stopped after {trainer.generator_updates} generator updates of stage {trainer.stage}; "
-        f"saved in {output}. The same command goes on from there."
+        f"saved in {output}"
     )
 
 
 def save(session: Session, trainer: Trainer) -> None:
-    """Writes checkpoint-{iterations}, of stage 2 a million later, and prunes older ones."""
+    """Writes checkpoint-{iterations}, of stage 2 a million later, and prunes older ones.
+
+    On a full disk these make room for it, unless all are to be kept.
+    """
+    limit = session.recipe.train.checkpoints_total_limit
     step = trainer.state.iteration + (10**6 if trainer.stage != "distill" else 0)
-    trainer.save(session.output / f"checkpoint-{step}")
-    checkpoint.prune(session.output, session.recipe.train.checkpoints_total_limit)
+    folder = session.output / f"checkpoint-{step}"
+    try:
+        trainer.save(folder)
+    except OSError as e:
+        if e.errno not in FULL or limit is None or len(checkpoint.all_of(session.output)) < 2:
+            raise
+        checkpoint.prune(session.output, 1)
+        trainer.save(folder)
+    checkpoint.prune(session.output, limit)
 
 
 def write_json(path: Path, value: Any) -> None:

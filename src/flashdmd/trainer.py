@@ -212,9 +212,11 @@ class Trainer:
             return {}
         network = self.learners["generator"].network
         # DMD2's two terms share the forward at t
-        loss.terms["matching"].backward(retain_graph=isinstance(self.algorithm, DMD2))
+        with self.stopwatch.part(REST):  # it ends what the pass leaves running
+            loss.terms["matching"].backward(retain_graph=isinstance(self.algorithm, DMD2))
         matching = take_gradients(network)
-        loss.terms["adversarial"].backward()
+        with self.stopwatch.part(REST):
+            loss.terms["adversarial"].backward()
         adversarial = take_gradients(network)
         norms = norm_of(matching), norm_of(adversarial)
         for p in network.parameters():

@@ -182,10 +182,7 @@ def fit(
                 with swapped(parameters, average):
                     show(network, step + 1)
             if stop or (last and asked_to_stop()):
-                raise Interrupted(
-                    f"stopped after {step + 1} steps; saved in {plan.folder}. The same command "
-                    "goes on from there."
-                )
+                raise Interrupted(f"stopped after {step + 1} steps; saved in {plan.folder}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(average[name])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flashdmd.emoji import pairs
 from flashdmd.emoji.fit import Fit, Losses, fit
@@ -114,7 +115,8 @@ def rendered(world: World, split: Split, times: int, seed: int) -> tuple[np.ndar
 
 def features_of(judge: Judge, images: np.ndarray) -> Tensor:
     batches = np.array_split(images, max(1, len(images) // 64))
-    return torch.cat([judge.features(torch.from_numpy(b).float() / 127.5 - 1) for b in batches])
+    bar = tqdm(batches, desc="judge", unit="batch", leave=False, delay=10)
+    return torch.cat([judge.features(torch.from_numpy(b).float() / 127.5 - 1) for b in bar])
 
 
 def train(folder: Path, max_train_steps: int = 3000, seed: int = 0) -> Judge:

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from flashdmd.emoji import pairs
 from flashdmd.emoji.fit import Fit, Losses, fit, kept, weights_of
@@ -107,7 +108,7 @@ def cached(vae: AutoencoderKL, path: Path, n: int, seed: int) -> Latents:
     def make() -> dict[str, Tensor]:
         world, chunks = World(), []
         rng = np.random.default_rng(seed_of(seed, "reward pairs"))
-        for start in range(0, n, 1000):
+        for start in tqdm(range(0, n, 1000), desc="encode pairs", unit="thousand"):
             kinds: list[pairs.Kind | None] = [
                 "alike" if rng.random() < ALIKE else None for _ in range(min(1000, n - start))
             ]

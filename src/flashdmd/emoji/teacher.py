@@ -22,6 +22,7 @@ from diffusers import (
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from flashdmd.emoji.fit import Fit, Losses, fit, kept, weights_of
@@ -127,7 +128,7 @@ def cache_latents(
     def make() -> dict[str, Tensor]:
         indices = world.indices("train")
         rows = []
-        for k in range(renderings):
+        for k in tqdm(range(renderings), desc="encode", unit="rendering"):
             rng = np.random.default_rng(seed_of(seed, "latents", k))
             batches = pixels(np.stack([world.render(i, rng) for i in indices])).split(128)
             rows.append(torch.cat([vae.encode(b).latent_dist.mode() for b in batches]).half())

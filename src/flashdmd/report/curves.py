@@ -114,7 +114,7 @@ class Curve:
 
 def curves(log: Sequence[Record]) -> list[Curve]:
     """The panels for which the log has two points or more."""
-    joint = next((r["x"] for r in log if stage_of(r) == "joint"), None)
+    joint = next((r["x"] for r in log if stage_of(r) in ("joint", "rl")), None)
     joint = None if joint is None or joint == log[0]["x"] else float(joint)
     drawn: list[Curve] = []
     for panel in PANELS:

@@ -45,6 +45,7 @@ D_SEPARATES = 1.0  # beyond this logit the hinge loss has no gradient
 D_HINGE = 0.1  # a discriminator that knows nothing has 2
 D_OVERPOWERING = (0.5, 0.9)  # of the last tenth of the updates
 D_FEWEST = 10
+REFINED = ("student-joint", "student-rl")  # what stage 2 leaves, by its kind
 HELD_OUT_FALL = (0.0, 0.01)  # any fall counts; one of 1 % may still be chance
 KID_RISE = 0.05
 
@@ -299,7 +300,7 @@ def verdicts(
     d_keys = ("hinge", "discriminator/real", "discriminator/fake")
     of_discriminator = [r for r in log if set(d_keys) <= r.keys()]
     in_stage_1 = [r for r in log if r.get("stage") == "distill"]
-    joint = "student-joint" in by_arm and "student-stage1" in by_arm
+    before, after = by_arm.get("student-stage1"), by_arm.get(refined(list(by_arm)) or "")
     return [
         blur(*pair),
         saturation_drift(*pair),
@@ -307,15 +308,20 @@ def verdicts(
         score_lag([float(r["diffusion"]) for r in log if "diffusion" in r]),
         oscillation([float(r["latent/std"]) for r in in_stage_1 if "latent/std" in r]),
         d_overpowering(*([float(r[key]) for r in of_discriminator] for key in d_keys)),
-        reward_hacking(by_arm["student-stage1"], by_arm["student-joint"])
-        if joint
+        reward_hacking(before, after)
+        if before and after
         else unknown("reward_hacking", "There are no figures from before and after stage 2."),
     ]
 
 
+def refined(arms: Sequence[str]) -> str | None:
+    """The student of stage 2."""
+    return next((arm for arm in REFINED if arm in arms), None)
+
+
 def student_of(arms: Sequence[str]) -> str:
     """The arm a run is about: its last student."""
-    students = [arm for arm in ("student-joint", "student-stage1") if arm in arms]
+    students = [arm for arm in (*REFINED, "student-stage1") if arm in arms]
     others = [arm for arm in arms if not arm.startswith("teacher")]
     return (students or others[-1:] or ["student-joint"])[0]
 

@@ -50,7 +50,7 @@ METRICS = (
         "kid",
         "KID",
         "lower",
-        "Distance to held-out real pictures in the judge's features. 0: cannot be told apart.",
+        "Distance to held-out emoji, whatever was trained on, in the judge's features. 0: the same.",
     ),
     Metric(
         "retrieval",
@@ -78,7 +78,11 @@ METRICS = (
     ),
     Metric("seconds_per_image", "Seconds a picture", "lower", "On the machine of this run."),
 )
-ARMS = {"student-stage1": "Student after stage 1", "student-joint": "Student after stage 2"}
+ARMS = {
+    "student-stage1": "Student after stage 1",
+    "student-joint": "Student after stage 2",
+    "student-rl": "Student after RL alone",
+}
 VERDICTS = {  # what each name asks
     "blur": "Did fine detail get lost?",
     "saturation_drift": "Did colours or contrast leave the teacher's?",
@@ -212,7 +216,8 @@ def proportion(by_arm: Mapping[str, Row], student: Row, has_stage_2: bool) -> st
         no_worse = ", which is no worse: distillation has not paid off here" if quick <= new else ""
         steps = f"The teacher itself, hurried through {health.steps_of(hurried)} steps,"
         said.append(f"{steps} has a KID of {figure(quick)}{no_worse}.")
-    before, after = by_arm.get("student-stage1", {}), by_arm.get("student-joint", {})
+    before = by_arm.get("student-stage1", {})
+    after = by_arm.get(health.refined(list(by_arm)) or "", {})
     changes = [
         f"the {name} by {figure(change, '+')}"
         for name, key in (("reward", "reward"), ("held-out reward", "held_out_reward"))

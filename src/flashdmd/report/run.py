@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from flashdmd.errors import UserError
-from flashdmd.report.health import number
+from flashdmd.report.health import number, refined
 
 FILES = ("recipe.yaml", "metrics.jsonl", "metrics.json", "samples", "timing.json", "versions.json")
 Record = Mapping[str, Any]
@@ -36,8 +36,8 @@ class Run:
     @property
     def has_stage_2(self) -> bool:
         figures = [str(row["arm"]) for row in self.rows]
-        return "student-joint" in self.arms + figures or any(
-            stage_of(r) == "joint" for r in self.log
+        return refined(self.arms + figures) is not None or any(
+            stage_of(r) in ("joint", "rl") for r in self.log
         )
 
     def picture(self, arm: str, i: int) -> np.ndarray | None:
@@ -74,7 +74,7 @@ def read(folder: Path) -> Run:
     read_metrics(run)
     read_machine(run)
     if not run.has_stage_2:
-        run.missing.append("Stage 2 (joint reinforcement learning) has not run.")
+        run.missing.append("Stage 2 (reinforcement learning) has not run.")
     return run
 
 
