@@ -1,6 +1,7 @@
 """Whole runs of real pipelines at tiny size: both stages, stopped, resumed, written, drawn."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def quiet(stage: str, done: int, of: int, record: dict[str, float]) -> None:
 
 
 NETWORKS = {"unet", "transformer"}
+SCORE_STEPS, FLOW_STEPS = (999, 749, 499, 249), (1000, 750, 500, 250)
+LISTS = ("matching", "adversarial", "preference")
 OTHER_REWARD = "model.reward_model_name_or_path=emoji-reward"  # of other latents than the tiny ones
 
 
@@ -310,6 +313,18 @@ def test_fewer_updates_than_were_made_are_refused(
     state = {"stage": stage, "updates": updates, "before": before}
     with pytest.raises(UserError, match=said):
         run.check_progress(recipe(folders, folders["here"], family), state, set())
+
+
+def test_steps_of_the_other_kind_of_teacher_are_refused_with_its_own(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    given, own = {"score": (FLOW_STEPS, SCORE_STEPS), "flow": (SCORE_STEPS, FLOW_STEPS)}[family]
+    steps = f"method.student_timesteps={list(given)}"
+    lists = [f"method.{name}_timesteps=[{given[0]}]" for name in LISTS]
+    said = rf"{family} teacher, whose four steps are {re.escape(str(own))}"
+    with pytest.raises(UserError, match=said):
+        run.train(recipe(folders, tmp_path / "run", family, steps, *lists), progress=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:

@@ -217,12 +217,12 @@ def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
     """
     try:
         Sampler(teacher.process, steps)
+        export.scheduler_for(teacher, steps)
     except ValueError as e:
         raise UserError(
             f"method.student_timesteps: {e}; {teacher.folder} is a {teacher.family.kind} teacher, "
             f"whose four steps are {teacher.default_steps}"
         ) from e
-    export.scheduler_for(teacher, steps)
 
 
 def open_source(recipe: Recipe, teacher: Teacher) -> Source:
