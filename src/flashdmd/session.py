@@ -252,7 +252,7 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
     """Iterates to `target` generator updates, of stage "rl" preference updates; saves on the way,
     when stopped, and at the end.
     """
-    first = trainer.state.iteration
+    saved = trainer.state.iteration
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
@@ -275,9 +275,10 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
             due = train.checkpointing_steps and done % train.checkpointing_steps == 0
             if asked_to_stop() or (due and trainer.at_boundary):
                 save(session, trainer)
+                saved = trainer.state.iteration
             if asked_to_stop():
                 raise stopped(trainer, output)
-        if trainer.state.iteration > first:
+        if trainer.state.iteration > saved:
             save(session, trainer)
         if asked_to_stop():
             raise stopped(trainer, output)
