@@ -47,6 +47,7 @@ def recipe(folders: dict[str, Path], output: Path, family: str, *more: str) -> R
         f"model.reward_model_name_or_path={folders['reward']}",
         f"output_dir={output}",
         "train.train_batch_size=2",
+        "train.preference_batch_size=2",
         "train.max_train_steps=2",
         "train.joint_train_steps=1",
         "train.checkpointing_steps=1",
@@ -385,12 +386,15 @@ def test_what_would_fail_at_the_end_is_said_at_the_start(
 def test_an_iteration_is_given_what_its_updates_need(
     folders: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
-    session = open_session(recipe(folders, tmp_path, family))
+    session = open_session(recipe(folders, tmp_path, family, "train.preference_batch_size=3"))
     batches = session.trainer("joint").batches
     preference = batches(0, ("preference",))
+    assert len(preference.noise) == 3
+    assert {len(v) for v in (preference.cond | preference.reward_cond).values()} == {3}
     assert preference.real is preference.real_latents is None
     assert preference.reward_cond
     distilling = batches(0, ("generator", "score", "discriminator"))
+    assert len(distilling.noise) == 2
     assert distilling.real is not None
     assert distilling.real.shape == (2, 3, 64, 64)
     assert not distilling.reward_cond

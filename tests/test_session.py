@@ -152,19 +152,21 @@ def test_each_learner_has_a_rate_and_moments_of_its_own(teacher: Teacher) -> Non
         "adam_weight_decay": 0.07,
         "adam_epsilon": 1e-5,
         "max_grad_norm": 8.0,
+        "discriminator_max_grad_norm": 7.0,
+        "preference_max_grad_norm": 6.0,
         "lr_warmup_steps": 9,
     }
     run = session(teacher, train=numbers)
     networks = {
-        "generator": (run.generator, 1e-3),
-        "score": (run.score, 2e-3),
-        "discriminator": (run.discriminator.heads, 3e-3),  # its backbone is no one's to train
-        "preference": (run.generator, 4e-3),
+        "generator": (run.generator, 1e-3, 8.0),
+        "score": (run.score, 2e-3, 8.0),
+        "discriminator": (run.discriminator.heads, 3e-3, 7.0),  # its backbone is no one's to train
+        "preference": (run.generator, 4e-3, 6.0),
     }
     assert run.learners.keys() == networks.keys()
-    for name, (network, rate) in networks.items():
+    for name, (network, rate, clip) in networks.items():
         learner = run.learners[name]
-        assert (learner.learning_rate, learner.warmup, learner.max_grad_norm) == (rate, 9, 8.0)
+        assert (learner.learning_rate, learner.warmup, learner.max_grad_norm) == (rate, 9, clip)
         assert isinstance(learner.optimizer, torch.optim.AdamW)
         (group,) = learner.optimizer.param_groups
         assert (group["lr"], group["betas"]) == (rate, (0.5, 0.6))

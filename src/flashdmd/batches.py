@@ -55,6 +55,7 @@ class Batches:
     method: Method
     size: int
     seed: int
+    preferring: int = 32  # the size in preference updates
     rank: int = 0
     prompts: tuple[str, ...] = ()
     reward_encoder: Encoder | None = None
@@ -65,12 +66,13 @@ class Batches:
         """What these updates of iteration `n` need, and no more."""
         rng = np.random.default_rng(seed_of(self.seed, self.stage, "batch", n, self.rank))
         looks = not {"score", "discriminator"}.isdisjoint(updates)
-        pictures, captions = self.source(rng, self.size, pictures=looks)
+        size = self.preferring if updates == ("preference",) else self.size
+        pictures, captions = self.source(rng, size, pictures=looks)
         if self.prompts:
-            captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=self.size)]
+            captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=size)]
         encode = self.reward_encoder if "preference" in updates else None
         return Batch(
-            noise=torch.randn(self.size, *self.teacher.latent_shape),
+            noise=torch.randn(size, *self.teacher.latent_shape),
             cond=self.teacher.encode_prompts(captions),
             reward_cond=encode(captions) if encode else {},
             **({} if pictures is None else self.reals(as_tensor(pictures))),

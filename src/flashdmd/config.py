@@ -24,6 +24,7 @@ from flashdmd.errors import UserError
 from flashdmd.schedule import STEPS
 
 Rate = Annotated[float, Field(ge=0)]
+Norm = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -76,6 +77,7 @@ class Train(Section):
     joint_train_steps: Annotated[int, Field(ge=0)] = 400  # generator updates of stage 2; 0: none
     stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
     train_batch_size: Count = 64  # images an iteration (paper: 64 SDXL, 32 SD3)
+    preference_batch_size: Count = 32  # [DEF] prompts of a preference update, a pair at each S_rl
     gradient_accumulation_steps: Literal[1] = 1
     learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL: SenseFlow's (DMD2: 5e-7)
     fake_score_learning_rate: Rate = 1e-6  # [DEF] psi: SenseFlow's
@@ -86,7 +88,9 @@ class Train(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
     adam_weight_decay: Rate = 0.01  # DMD2
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] = 10.0  # of each network; DMD2, full fine-tuning
+    max_grad_norm: Norm = 10.0  # of student and score estimator; DMD2, full fine-tuning
+    discriminator_max_grad_norm: Norm = 1.0  # [DEF] heads: SenseFlow's
+    preference_max_grad_norm: Norm = 1.0  # [DEF] G in stage 2: LPO's
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [DEF] student's (RTDMD); 0: none
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32

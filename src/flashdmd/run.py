@@ -52,6 +52,8 @@ RATES = {  # a run that left the finite is gone on with at lower ones
     "train.preference_learning_rate",
     "train.stage2_learning_rate",
     "train.max_grad_norm",
+    "train.discriminator_max_grad_norm",
+    "train.preference_max_grad_norm",
 }
 MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the run it goes on from
     "train.max_train_steps",

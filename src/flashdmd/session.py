@@ -98,6 +98,7 @@ class Session:
             method,
             recipe.train.train_batch_size,
             recipe.train.seed,
+            preferring=recipe.train.preference_batch_size,
             prompts=self.prompts,
             reward_encoder=reward.encode_prompts if reward else None,
             stage=stage,
@@ -160,13 +161,17 @@ def open_session(recipe: Recipe) -> Session:
     discriminator = build_discriminator(recipe, teacher, score)
     train = recipe.train
     rates = {
-        "generator": (generator, train.learning_rate),
-        "score": (score, train.fake_score_learning_rate),
-        "discriminator": (discriminator, train.discriminator_learning_rate),
-        "preference": (generator, train.preference_learning_rate),
+        "generator": (generator, train.learning_rate, train.max_grad_norm),
+        "score": (score, train.fake_score_learning_rate, train.max_grad_norm),
+        "discriminator": (
+            discriminator,
+            train.discriminator_learning_rate,
+            train.discriminator_max_grad_norm,
+        ),
+        "preference": (generator, train.preference_learning_rate, train.preference_max_grad_norm),
     }
     learners = {}
-    for name, (network, rate) in rates.items():
+    for name, (network, rate, clip) in rates.items():
         optimizer = torch.optim.AdamW(
             (p for p in network.parameters() if p.requires_grad),
             lr=rate,
@@ -174,9 +179,7 @@ def open_session(recipe: Recipe) -> Session:
             weight_decay=train.adam_weight_decay,
             eps=train.adam_epsilon,
         )
-        learners[name] = Learner(
-            network, optimizer, rate, train.lr_warmup_steps, train.max_grad_norm
-        )
+        learners[name] = Learner(network, optimizer, rate, train.lr_warmup_steps, clip)
     judged_by = recipe.model.reward_model_name_or_path
     scored = load_reward(judged_by, teacher) if judged_by else None  # it measures stage 1 as well
     reward = scored if recipe.train.joint_train_steps else None
