@@ -65,34 +65,32 @@ def test_a_walk_is_diffusers_stochastic_flow(shift, steps):
     torch.testing.assert_close(ours, x, atol=1e-6, rtol=1e-6)
 
 
-def test_a_walk_without_fresh_noise_is_diffusers_euler():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    process = Process(RectifiedFlow(), "flow")
+EULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+EULER.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+DDIM = DDIMScheduler(
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+    prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True,
+)  # fmt: skip
+DDIM.set_timesteps(4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "process", "steps", "close"),
+    [
+        (EULER, Process(RectifiedFlow(), "flow"), SHIFTED, 1e-6),
+        (DDIM, Process(VariancePreserving(), "v"), STEPS, 1e-4),
+    ],
+    ids=["euler", "ddim"],
+)
+def test_a_walk_without_fresh_noise_is_diffusers_euler_or_ddim(scheduler, process, steps, close):
+    assert scheduler.timesteps.tolist() == pytest.approx(list(steps))
     x = noise = torch.randn(2, 4, 8, 8)
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t.repeat(2)), t, x, return_dict=False)[0]
-    ours = Sampler(process, SHIFTED, eta=0.0).sample(
+    ours = Sampler(process, steps, eta=0.0).sample(
         lambda x, t, cond: process.to_x0(network(x, t), x, t), noise, {}
     )
-    torch.testing.assert_close(ours, x, atol=1e-6, rtol=1e-6)
-
-
-def test_a_walk_without_fresh_noise_is_diffusers_ddim():
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-        prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True,
-    )  # fmt: skip
-    scheduler.set_timesteps(4)
-    assert scheduler.timesteps.tolist() == list(STEPS)
-    process = Process(VariancePreserving(), "v")
-    x = noise = torch.randn(2, 4, 8, 8)
-    for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.repeat(2)), t, x, return_dict=False)[0]
-    ours = Sampler(process, STEPS, eta=0.0).sample(
-        lambda x, t, cond: process.to_x0(network(x, t), x, t), noise, {}
-    )
-    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, x, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("schedule", [VariancePreserving(), RectifiedFlow()])
