@@ -74,7 +74,7 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
         ("trian.seed=1", "unknown key 'trian'"),
         ("seed=1", "unknown key 'seed'; did you mean train.seed?"),
         ("train.use_ema=true", "unknown key 'train.use_ema'; here it is called train.ema_decay"),
-        ("model.revision=x", "unknown key 'model.revision'\nvalid here"),  # nothing is near
+        ("model.qqq=x", "unknown key 'model.qqq'\nvalid here"),  # nothing is near
         ("method.ttur=many", "method.ttur='many'"),
         ("method.ttur=1.5", "method.ttur=1.5"),
         ("method.ttur=0", "ttur=0"),
@@ -85,7 +85,7 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
         ("train.arm=dmd2", "no second stage"),
         ("train={arm: dmd2, joint_train_steps: 0}\nmethod.score_coupling=0.9", "never sees"),
         ("train.gan_calibration_steps=[9,3]", "must rise"),
-        ("train.gradient_accumulation_steps=4", "gradient_accumulation_steps=4"),
+        ("train.gradient_accumulation_steps=5", "not a multiple of gradient_accumulation_steps=5"),
         ("train=3", "train must hold keys"),
         ("train.seed", "write section.key=value"),
         ("train.seed=[", "is not YAML"),

@@ -18,9 +18,8 @@ from torch import Tensor
 from flashdmd import export
 from flashdmd.algorithm import Method, split
 from flashdmd.errors import UserError
-from flashdmd.models import families
-from flashdmd.models.families import Teacher
 from flashdmd.models.padding import RepeatLast, compress
+from flashdmd.models.teacher import Teacher, load_pipeline, to_uint8
 from flashdmd.sampler import Sampler, guided, times
 
 PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
@@ -30,13 +29,13 @@ PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     folder = tmp_path_factory.mktemp(request.param) / "pipeline"
     make = tiny.score_folder if request.param == "score" else tiny.flow_folder
-    return families.load(make(folder))
+    return load_pipeline(make(folder))
 
 
 @pytest.fixture(scope="module")
 def without_t5(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     folder = tmp_path_factory.mktemp("without") / "pipeline"
-    return families.load(tiny.flow_folder(folder, t5=False))
+    return load_pipeline(tiny.flow_folder(folder, t5=False))
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def check_plain_call(teacher: Teacher, steps: tuple[int, ...], tmp_path: Path) -
     sampler = Sampler(teacher.process, steps)
     latents = sampler.sample(student, noise, teacher.encode_prompts(PROMPTS))
     with torch.no_grad():
-        ours = families.to_uint8(teacher.decode(latents))
+        ours = to_uint8(teacher.decode(latents))
     assert pipeline.scheduler.timesteps.tolist() == list(steps)
     theirs = (theirs * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
@@ -185,7 +184,9 @@ def test_the_middle_of_the_network_is_a_map_of_features(teacher: Teacher) -> Non
     teacher.denoiser(noise, t, cond)
     hook.remove()
     feature = teacher.denoiser.bottleneck(noise, t, cond)
-    torch.testing.assert_close(feature, teacher.family.feature(seen[0], noise))
+    torch.testing.assert_close(
+        feature, teacher.family.feature(seen[0], noise, teacher.denoiser.network)
+    )
     assert feature.ndim == 4
     assert len(feature) == 2
     moved = noise.clone()
@@ -238,7 +239,7 @@ def test_one_token_counted_often_equals_equal_tokens() -> None:
 def test_a_teacher_without_t5_reads_prompts_as_one_whose_t5_is_silent(
     without_t5: Teacher, tmp_path: Path
 ) -> None:
-    with_t5 = families.load(tiny.flow_folder(tmp_path / "with"))
+    with_t5 = load_pipeline(tiny.flow_folder(tmp_path / "with"))
     ours, theirs = with_t5.encode_prompts(PROMPTS), without_t5.encode_prompts(PROMPTS)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name])
@@ -270,7 +271,7 @@ def test_a_teacher_without_t5_reads_prompts_as_one_whose_t5_is_silent(
 def test_a_folder_that_is_no_teacher_is_named(tmp_path: Path, spoil: object, message: str) -> None:
     spoil(tmp_path / "model")
     with pytest.raises(UserError, match=message):
-        families.load(tmp_path / "model")
+        load_pipeline(tmp_path / "model")
 
 
 def test_a_truncated_weights_file_is_named(teacher: Teacher, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_a_truncated_weights_file_is_named(teacher: Teacher, tmp_path: Path) -> 
     weights = copy / teacher.family.network / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
-        families.load(copy)
+        load_pipeline(copy)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
@@ -288,7 +289,7 @@ def test_pickled_weights_are_refused(whole: Path, tmp_path: Path, part: str, bes
     (path,) = (copy / part).glob("*.safetensors")
     pickled = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
     torch.save(load_file(path), path.with_name(pickled))
-    families.load(copy)  # a pickle beside safetensors does no harm
+    load_pipeline(copy)  # a pickle beside safetensors does no harm
     if beside == "nothing":
         path.unlink()
         said = rf"{part}/{pickled} is a pickle.*safetensors are accepted.*save_pretrained"
@@ -296,7 +297,7 @@ def test_pickled_weights_are_refused(whole: Path, tmp_path: Path, part: str, bes
         path.rename(path.with_name("other.safetensors"))
         said = r"cannot be loaded: .* no file named .*model\.safetensors"
     with pytest.raises(UserError, match=said):
-        families.load(copy)
+        load_pipeline(copy)
 
 
 def edited(path: Path, **values: object) -> None:
@@ -341,7 +342,7 @@ def test_what_loads_and_is_no_teacher_is_named(
     copy = shutil.copytree(whole, tmp_path / "copy")
     spoil(copy)
     with pytest.raises(UserError, match=message):
-        families.load(copy)
+        load_pipeline(copy)
 
 
 @pytest.fixture(scope="module")

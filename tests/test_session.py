@@ -17,8 +17,7 @@ from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import UserError
 from flashdmd.files import alone_in, cut_torn_line
-from flashdmd.models import families
-from flashdmd.models.families import Teacher
+from flashdmd.models.teacher import Teacher, load_pipeline
 from flashdmd.session import Session, open_session
 
 PROMPTS = ("a cat emoji", "a red apple", "fluent emoji of a sad dog", "two hearts", "a ship")
@@ -28,7 +27,7 @@ PROMPTS = ("a cat emoji", "a red apple", "fluent emoji of a sad dog", "two heart
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     """The tiny teacher, and beside its folder an untrained reward with its words."""
     folder = tmp_path_factory.mktemp("session")
-    loaded = families.load(tiny.score_folder(folder / "teacher"))
+    loaded = load_pipeline(tiny.score_folder(folder / "teacher"))
     network = emoji_reward.build(loaded.denoiser.network)
     emoji_reward.write(network, folder / "reward", str(loaded.folder))
     return loaded
@@ -45,7 +44,7 @@ def session(
         "pretrained_model_name_or_path": str(teacher.folder),
         "reward_model_name_or_path": str(teacher.folder.with_name("reward")),
     }
-    small = {"train_batch_size": 3, "discriminator_width": 8, "mixed_precision": "no"}
+    small = {"train_batch_size": 3, "mixed_precision": "no"}
     content = {"model": models | (model or {}), "train": small | (train or {}), **sections}
     return open_session(Recipe.model_validate(content))
 
@@ -237,12 +236,18 @@ def test_student_and_score_estimator_start_from_the_student_that_is_named(
 
 
 @pytest.mark.parametrize(
-    ("mixed_precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)]
+    ("mixed_precision", "dtype", "vae"),
+    [
+        ("no", torch.float32, torch.float32),
+        ("bf16", torch.bfloat16, torch.float32),
+        ("bf16", torch.bfloat16, torch.bfloat16),
+    ],
 )
 def test_networks_compute_in_the_recipes_precision_and_losses_in_float32(
-    teacher: Teacher, mixed_precision: str, dtype: torch.dtype
+    teacher: Teacher, mixed_precision: str, dtype: torch.dtype, vae: torch.dtype
 ) -> None:
-    run = session(teacher, train={"mixed_precision": mixed_precision})
+    own = {"vae_precision": "fp32" if vae == torch.float32 else "run"}
+    run = session(teacher, model=own, train={"mixed_precision": mixed_precision})
     trainer = run.trainer("joint")
     networks = {
         "teacher": run.teacher.denoiser,
@@ -270,7 +275,8 @@ def test_networks_compute_in_the_recipes_precision_and_losses_in_float32(
     trainer.order = (trainer.order[0], ("preference",))
     for _ in trainer.order:
         trainer.iterate()
-    assert seen == {name: {dtype} for name in networks}
+    coded = {"encoder", "decoder"}
+    assert seen == {name: {vae if name in coded else dtype} for name in networks}
     terms = {name: term.dtype for loss in losses for name, term in loss.terms.items()}
     names = ("matching", "adversarial", "diffusion", "hinge", "preference")
     assert terms == dict.fromkeys(names, torch.float32)

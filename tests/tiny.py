@@ -14,9 +14,9 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from flashdmd.emoji.flow import silent_t5
 from flashdmd.emoji.teacher import text_config
 from flashdmd.emoji.world import ASSETS
+from flashdmd.models.families.silent import silent_t5
 
 WIDTH = 32
 CHANNELS = 4

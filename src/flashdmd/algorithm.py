@@ -163,6 +163,11 @@ class Rollout:
     x0: dict[int, Tensor]  # G(x_s, s) at every step s of the student
     image: Tensor | None  # V(G(x_hat, t_hat)), what the discriminator sees
 
+    def detach(self) -> "Rollout":
+        """The same samples, leading back to nothing."""
+        image = None if self.image is None else self.image.detach()
+        return Rollout(self.t, self.t_hat, {s: x.detach() for s, x in self.x0.items()}, image)
+
 
 class Candidates(NamedTuple):
     """K continuations of one state of the walk."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashdmd.algorithm import Method, Update
 from flashdmd.emoji.world import World
-from flashdmd.models.families import Teacher
+from flashdmd.models.teacher import Teacher
 from flashdmd.sampler import Cond
 from flashdmd.seeds import seed_of
 from flashdmd.trainer import Batch
@@ -61,6 +61,8 @@ class Batches:
     reward_encoder: Encoder | None = None
     stage: str = "distill"  # each draws batches of its own
     in_latents: bool = False  # the discriminator judges latents (DMD2), not pictures
+    decode: Callable[[Tensor], Tensor] | None = None  # of real latents too; None: the teacher's
+    parts: int = 1  # pictures go through the autoencoder in so many parts
 
     def __call__(self, n: int, updates: tuple[Update, ...]) -> Batch:
         """What these updates of iteration `n` need, and no more."""
@@ -71,21 +73,25 @@ class Batches:
         if self.prompts:
             captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=size)]
         encode = self.reward_encoder if "preference" in updates else None
+        device = self.teacher.device
         return Batch(
-            noise=torch.randn(size, *self.teacher.latent_shape),
+            noise=torch.randn(size, *self.teacher.latent_shape).to(device),
             cond=self.teacher.encode_prompts(captions),
-            reward_cond=encode(captions) if encode else {},
+            reward_cond={k: v.to(device) for k, v in encode(captions).items()} if encode else {},
             **({} if pictures is None else self.reals(as_tensor(pictures))),
         )
 
     @torch.no_grad()
     def reals(self, images: Tensor) -> dict[str, Tensor]:
         """What the discriminator compares the student with."""
+        if self.method.real_images == "raw" and not self.in_latents:
+            return {"real": images.to(self.teacher.device)}
+        chunks = images.split(max(1, len(images) // self.parts))
+        latents = torch.cat([self.teacher.encode(chunk) for chunk in chunks])
         if self.in_latents:
-            return {"real_latents": self.teacher.encode(images)}
-        if self.method.real_images == "raw":
-            return {"real": images}
-        return {"real": self.teacher.decode(self.teacher.encode(images))}
+            return {"real_latents": latents}
+        decode = self.decode or self.teacher.decode
+        return {"real": torch.cat([decode(z) for z in latents.split(len(chunks[0]))])}
 
 
 def as_tensor(pictures: np.ndarray) -> Tensor:

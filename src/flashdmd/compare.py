@@ -21,8 +21,7 @@ from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol
 from flashdmd.files import write_text
-from flashdmd.models import families
-from flashdmd.models.families import Teacher
+from flashdmd.models.teacher import Teacher
 from flashdmd.report.run import parsed, unrolled
 from flashdmd.seeds import seed_of
 from flashdmd.session import load_reward, load_teacher, write_json
@@ -155,7 +154,7 @@ def students(
     """The students that the runs of one seed left, each with what it cost."""
     few = len(recipe.method.student_timesteps)
     return {
-        name: (run.Arm(families.load(folder), few, 0.0), cost(folder.parent, name))
+        name: (run.Arm(load_teacher(str(folder)), few, 0.0), cost(folder.parent, name))
         for arm, one in trained.items()
         for name, part in PLAN[arm].students.items()
         if (folder := Path(one.output_dir) / part).is_dir()

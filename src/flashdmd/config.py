@@ -50,6 +50,10 @@ ALIASES = {  # what other tools call it: its name here
     "validation_prompts": "validation.prompts",
     "validation_prompt": "validation.prompts (a list)",
     "dataset_name": "data.train_data_dir (a folder)",
+    "discriminator_width": "discriminator.width",
+    "lora_rank": "lora.rank",
+    "use_8bit": "train.use_8bit_adam",
+    "target_modules": "lora.lora_layers",
 }
 
 
@@ -58,27 +62,71 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    pretrained_model_name_or_path: str = "emoji-score"  # a pipeline folder, emoji-score, emoji-flow
+    pretrained_model_name_or_path: str = "emoji-score"  # a folder, a hub id, emoji-score or -flow
+    revision: str | None = None  # of the hub id
+    variant: str | None = None  # of its files' names, such as fp16
+    teacher_lora: str | None = None  # a LoRA that belongs to the teacher: folder, file, hub id
+    teacher_lora_scale: float = 1.0
+    pretrained_vae_model_name_or_path: str | None = None  # None: the pipeline's own
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of teacher, LoRA's base and text encoders
+    vae_precision: Literal["fp32", "run"] = "fp32"  # run: as train.mixed_precision
+    quantize_base: Literal["none", "int8", "nf4"] = "none"  # of LoRA's base
     reward_model_name_or_path: str | None = (
         "emoji-reward"  # a folder, emoji-reward; None: stage 1 only
     )
 
     student_model_name_or_path: str | None = None  # a student to start from; None: the teacher
 
+    @field_validator("vae_precision", mode="before")
+    @classmethod
+    def _half(cls, value: Any) -> Any:
+        if value in ("fp16", "bf16", "no"):
+            raise ValueError(
+                "the Pixel-GAN learns through the decoder, and SDXL's overflows in float16 and "
+                "loses what bfloat16 rounds; use fp32, or run to follow train.mixed_precision"
+            )
+        return value
+
+
+class Lora(Section):
+    rank: Annotated[int, Field(ge=0)] = 0  # of student and score estimator; 0: full fine-tuning
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None  # None: as rank, a scale of 1
+    lora_layers: tuple[str, ...] | None = None  # names of layers that get one; None: the family's
+
+
+class Critic(Section):
+    backbone: str = "efficientnet-lite0"  # or a SAM, DINOv2, DINOv3 folder or hub id, timm:NAME
+    width: Count = 128  # [DEF] channels of the heads (ADM: 256, on SAM)
+    crop: Count | None = None  # latent places across a random crop that is decoded; None: all
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = ()  # DiffAugment; [DEF] none
+    r1_weight: Rate = 0.0  # [DEF] of approximate R1 on real pictures; 0: none
+    r1_sigma: Annotated[float, Field(gt=0)] = 0.1  # [DEF] its noise
+
 
 class Data(Section):
-    train_data_dir: str = "emoji"  # real pictures and captions: a folder, or the embedded world
+    train_data_dir: str = "emoji"  # real pictures and captions (docs/data.md); teacher: its samples
     prompts: str | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
+    image_column: str | None = None  # of a Hugging Face data set; None: guessed
+    caption_column: str | None = None
+    resolution: Annotated[int, Field(ge=8)] | None = None  # pixels; None: the teacher's
+    aspect_ratio_buckets: bool = False
+    teacher_samples: Count = 4096  # pictures, where train_data_dir is teacher
+    cache_dir: str | None = None  # of embeddings, latents, teacher samples; None: output_dir/cache
+    cache_text_embeddings: bool = False  # then the text encoders are let go
+    cache_latents: bool = False
 
 
 class Train(Section):
     arm: Literal["flash-dmd", "dmd2"] = "flash-dmd"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     max_train_steps: Annotated[int, Field(ge=0)] = 1000  # GENERATOR updates of stage 1 (paper: 1k)
     joint_train_steps: Annotated[int, Field(ge=0)] = 400  # generator updates of stage 2; 0: none
     stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
     train_batch_size: Count = 64  # images an iteration (paper: 64 SDXL, 32 SD3)
     preference_batch_size: Count = 32  # [DEF] prompts of a preference update, a pair at each S_rl
-    gradient_accumulation_steps: Literal[1] = 1
+    gradient_accumulation_steps: Count = 1  # parts that a batch is worked through in
+    gradient_checkpointing: bool = False  # of the networks that learn, decoder and backbone
+    use_8bit_adam: bool = False
     learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL: SenseFlow's (DMD2: 5e-7)
     fake_score_learning_rate: Rate = 1e-6  # [DEF] psi: SenseFlow's
     discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights; 1e-5..1e-4
@@ -98,7 +146,6 @@ class Train(Section):
     checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
     checkpoints_total_limit: Count | None = 2  # None keeps all
     gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
-    discriminator_width: Count = 128  # [DEF] channels of the heads (ADM: 256, on SAM)
 
     @field_validator("gan_calibration_steps")
     @classmethod
@@ -106,6 +153,25 @@ class Train(Section):
         if not 0 <= window[0] < window[1]:
             raise ValueError(f"gan_calibration_steps={list(window)} must rise from 0 or more")
         return window
+
+    @model_validator(mode="after")
+    def _parts(self) -> "Train":
+        parts = self.gradient_accumulation_steps
+        for name in ("train_batch_size", "preference_batch_size"):
+            if getattr(self, name) % parts:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not a multiple of "
+                    f"gradient_accumulation_steps={parts}: a batch is worked through in equal parts"
+                )
+        return self
+
+
+LORA_DEFAULTS: dict[str, Any] = {  # of `train`, where lora.rank is not 0 and nothing is given
+    "learning_rate": 3e-5,  # [DEF] RTDMD's for SD3-medium (DMD2's LoRA: 5e-5)
+    "fake_score_learning_rate": 3e-5,  # [DEF] as the student's
+    "preference_learning_rate": 1e-5,  # [DEF] LPO's
+    "max_grad_norm": 1.0,  # [DEF] RTDMD's
+}
 
 
 class Validation(Section):
@@ -117,6 +183,8 @@ class Validation(Section):
 
 class Recipe(Section):
     model: Model = Model()
+    lora: Lora = Lora()
+    discriminator: Critic = Critic()
     data: Data = Data()
     method: Method = Method()
     train: Train = Train()
@@ -136,7 +204,11 @@ class Recipe(Section):
             left_out |= split(tuple(steps))
         if arm_of(content) == "dmd2":
             left_out |= {"matching_timesteps": steps, **DMD2}
-        return {**content, "method": {**left_out, **method}}
+        filled = {**content, "method": {**left_out, **method}}
+        lora, train = content.get("lora"), content.get("train", {})
+        if isinstance(lora, dict) and lora.get("rank") and isinstance(train, dict):
+            filled["train"] = {**LORA_DEFAULTS, **train}
+        return filled
 
     @property
     def first_stage(self) -> str:
@@ -155,6 +227,15 @@ class Recipe(Section):
                 f"{steps} generator updates of the first stage, so the adversarial weight would "
                 "never be set; lower it, or keep the weight fixed with "
                 "method.gan_gradient_ratio=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lora(self) -> "Recipe":
+        if self.lora.rank == 0 and self.model.quantize_base != "none":
+            raise ValueError(
+                f"model.quantize_base={self.model.quantize_base} is for LoRA, its base is frozen; "
+                "set lora.rank, or quantize_base to none"
             )
         return self
 
@@ -200,6 +281,8 @@ def keys() -> dict[str, list[str]]:
     method = list(Method.__dataclass_fields__)
     sections: dict[str, type[Section]] = {
         "model": Model,
+        "lora": Lora,
+        "discriminator": Critic,
         "data": Data,
         "train": Train,
         "validation": Validation,

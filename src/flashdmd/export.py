@@ -1,52 +1,40 @@
 """The student as a stock diffusers pipeline folder: the plain call runs the trained steps."""
 
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from flashdmd import checkpoint
 from flashdmd.algorithm import Method
-from flashdmd.emoji.flow import silent_t5
 from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
-from flashdmd.models.families import NetworkDenoiser, Teacher
+from flashdmd.models.denoiser import AdapterDenoiser, NetworkDenoiser
+from flashdmd.models.families.silent import silent_t5
+from flashdmd.models.teacher import Pipeline, Teacher, fuse, load_pipeline
 
-# Any multiple of the number of steps gives LCMScheduler the grid 999, 999 - 1000/n, ...; with 40
-# students of 1, 2, 4 and 8 steps are all right. Its default of 50 gives 999, 759, 499, 259.
-ORIGINAL_INFERENCE_STEPS = 40
-NOTES = "flashdmd.json"  # beside model_index.json: the trained steps, for `flashdmd sample`
+NOTES = "flashdmd.json"  # beside the weights: how they are used, for `flashdmd sample`
+LORA = "pytorch_lora_weights.safetensors"
+NEAR = 0.5  # of a network time: as near to its steps as the plain call has to take a student
 
 
 def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
-    """A diffusers scheduler whose `set_timesteps(len(steps))` gives exactly `steps`.
+    """A diffusers scheduler with which the pipeline's plain call walks `steps`.
 
     Raises UserError when no setting of the stock scheduler does.
     """
-    if teacher.family.kind == "score":
-        known = inspect.signature(LCMScheduler.__init__).parameters
-        shared = {k: v for k, v in teacher.pipeline.scheduler.config.items() if k in known}
-        ours = {
-            "original_inference_steps": ORIGINAL_INFERENCE_STEPS,
-            "timestep_spacing": "leading",
-            "clip_sample": False,
-        }
-        scheduler = LCMScheduler(**(shared | ours))
-    else:
-        # The plain grid runs from 1 to 1/1000; stretched, it ends at the student's last step.
-        scheduler = FlowMatchEulerDiscreteScheduler(
-            shift=1.0,
-            shift_terminal=steps[-1] / 1000 if len(steps) > 1 else None,
-            stochastic_sampling=True,
-        )
-    scheduler.set_timesteps(len(steps))
-    got = tuple(round(float(t), 3) for t in scheduler.timesteps)
-    if got != tuple(float(t) for t in steps):
+    scheduler = teacher.family.scheduler(teacher.pipeline, steps)
+    got = teacher.family.grid(teacher.pipeline, scheduler, len(steps))
+    if len(got) != len(steps) or max(abs(a - b) for a, b in zip(got, steps, strict=True)) > NEAR:
         raise UserError(
-            f"student_timesteps={steps} cannot be written as a stock scheduler's grid, which would "
-            f"be {got}; equally spaced steps can"
+            f"student_timesteps={steps} cannot be written as a stock scheduler's grid, that would "
+            f"be {tuple(round(t, 3) for t in got)}; steps that are equally spaced, or those "
+            "shifted, can"
         )
     return scheduler
 
@@ -59,31 +47,90 @@ def write_student(
     card: str,
     averaged: int = 0,
 ) -> Path:
-    """Writes `folder` whole or not at all: the teacher's pipeline with the student's network.
+    """Writes `folder` whole or not at all: the teacher's pipeline with the student's network, or
+    with LoRA the adapter alone, which `load_lora_weights` reads.
 
     `card` becomes README.md; `averaged` are the updates in the weights, where a run from this
-    student counts on. The weights are float32 as trained. Where an SD3 teacher has no T5, the
-    student has one that says nothing: the plain call does not load a folder without.
+    student counts on. The weights are float32 as trained.
     """
-    parts = dict(teacher.pipeline.components)
-    if "text_encoder_3" in parts and parts["text_encoder_3"] is None:
-        width = teacher.pipeline.transformer.config.joint_attention_dim
-        parts["text_encoder_3"], parts["tokenizer_3"] = silent_t5(width)
-    parts[teacher.family.network] = student.network
-    parts["scheduler"] = scheduler_for(teacher, method.student_timesteps)
-    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
-    pipeline = type(teacher.pipeline)(**parts, **extra)
-    notes = {
+    notes: dict[str, Any] = {
         "student_timesteps": method.student_timesteps,
         "teacher_guidance_scale": method.teacher_guidance_scale,
         "averaged_updates": averaged,
     }
     with replace_folder(folder) as beside:
-        pipeline.save_pretrained(beside, safe_serialization=True)
-        forget_origins(beside)
+        if isinstance(student, AdapterDenoiser):
+            notes |= {"base": vars(teacher.source), "rank": student.adapter.rank}
+            notes |= {"alpha": student.adapter.alpha, "resolution": teacher.resolution}
+            save_file(lora_weights(student), beside / LORA)
+        else:
+            whole(teacher, student.network, method.student_timesteps).save_pretrained(beside)
+            forget_origins(beside)
         (beside / "README.md").write_text(card, "utf-8")
         (beside / NOTES).write_text(json.dumps(notes, indent=2))
     return folder
+
+
+def whole(teacher: Teacher, network: nn.Module, steps: tuple[int, ...]) -> Any:
+    """The teacher's pipeline with another network and the scheduler of its steps.
+
+    Where an SD3 teacher has no T5, it has one that says nothing: the plain call does not load a
+    folder without.
+    """
+    parts = dict(teacher.pipeline.components)
+    if "text_encoder_3" in parts and parts["text_encoder_3"] is None:
+        width = teacher.pipeline.transformer.config.joint_attention_dim
+        parts["text_encoder_3"], parts["tokenizer_3"] = silent_t5(width)
+    parts[teacher.family.network] = network
+    parts["scheduler"] = scheduler_for(teacher, steps)
+    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    return type(teacher.pipeline)(**parts, **extra)
+
+
+def lora_weights(student: AdapterDenoiser) -> dict[str, Tensor]:
+    """An adapter by the names that diffusers loads, its scale in B: alpha is the rank."""
+    scale = student.adapter.alpha / student.adapter.rank
+    return {
+        f"{student.family.network}.{name}": (p * scale if ".lora_B." in name else p).contiguous()
+        for name, p in student.state_dict().items()
+    }
+
+
+def read_student(student: NetworkDenoiser, folder: Path) -> None:
+    """Fills `student` from a folder that `write_student` wrote, or from any pipeline of its kind.
+
+    Raises UserError for weights of another network.
+    """
+    if not isinstance(student, AdapterDenoiser):
+        checkpoint.load_network(student.network, folder, student.family.network)
+        return
+    path, unscaled = folder / LORA, student.adapter.rank / student.adapter.alpha
+    try:
+        read, own = load_file(path), dict(student.named_parameters())
+        wanted = {f"{student.family.network}.{name}" for name in own}
+        if odd := sorted(wanted ^ read.keys()):
+            raise ValueError(f"layers differ, e.g. {odd[0]}")
+        with torch.no_grad():
+            for name, p in own.items():
+                value = read[f"{student.family.network}.{name}"]
+                p.copy_(value * unscaled if ".lora_B." in name else value)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as e:
+        raise UserError(
+            f"{path} cannot be read as a LoRA of this run ({e}); give one of the same teacher, "
+            "lora.rank and lora.lora_layers"
+        ) from e
+
+
+def load_student(folder: Path) -> Teacher | None:
+    """A student that is a LoRA, on its base, ready to draw; None for anything else."""
+    notes = notes_of(folder)
+    if notes is None or notes.base is None:
+        return None
+    teacher = load_pipeline(Pipeline(**notes.base))
+    fuse(teacher.pipeline, str(folder), 1.0)
+    teacher.pipeline.scheduler = scheduler_for(teacher, notes.steps)
+    teacher.resolution = notes.resolution
+    return teacher
 
 
 @dataclass(frozen=True)
@@ -93,6 +140,8 @@ class Notes:
     steps: tuple[int, ...]
     guidance: float  # of the teacher that it was distilled from
     averaged: int
+    base: dict[str, Any] | None = None  # of a LoRA: the pipeline that it belongs to
+    resolution: int = 0
 
 
 def notes_of(folder: Path) -> Notes | None:
@@ -104,7 +153,13 @@ def notes_of(folder: Path) -> Notes | None:
         said = json.loads(path.read_text("utf-8"))
         steps = tuple(int(t) for t in said["student_timesteps"])
         guidance = float(said["teacher_guidance_scale"])
-        return Notes(steps, guidance, int(said.get("averaged_updates", 0)))
+        return Notes(
+            steps,
+            guidance,
+            int(said.get("averaged_updates", 0)),
+            said.get("base"),
+            int(said.get("resolution", 0)),
+        )
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} cannot be read as a student's notes: {e!r}") from e
 

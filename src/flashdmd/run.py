@@ -23,8 +23,7 @@ from flashdmd.emoji.world import ASSETS, Split
 from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
 from flashdmd.files import alone_in, write_text
-from flashdmd.models import families
-from flashdmd.models.families import Teacher
+from flashdmd.models.teacher import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
@@ -99,9 +98,7 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
         write_student(session, trainer, "student-stage1")
         point = None
     else:
-        checkpoint.load_network(
-            session.student.network, output / "student-stage1", session.teacher.family.network
-        )
+        export.read_student(session.student, output / "student-stage1")
     session.take_over()
     if recipe.train.joint_train_steps:
         trainer = session.trainer(recipe.train.stage2)
@@ -264,10 +261,11 @@ def measure(recipe: Recipe) -> Path:
             teacher, recipe.validation.teacher_steps, guidance
         ),
         f"teacher-{steps}": Arm(teacher, steps, guidance),
-        "student-stage1": Arm(families.load(output / "student-stage1"), steps, 0.0),
+        "student-stage1": Arm(load_teacher(str(output / "student-stage1")), steps, 0.0),
     }
     if recipe.train.joint_train_steps:
-        arms[f"student-{recipe.train.stage2}"] = Arm(families.load(output / "student"), steps, 0.0)
+        last = load_teacher(str(output / "student"))
+        arms[f"student-{recipe.train.stage2}"] = Arm(last, steps, 0.0)
     protocol = Protocol(num_prompts=recipe.validation.num_prompts, seed=recipe.validation.seed)
     bench = Bench(protocol, judge.load(ASSETS / "judge"))
     name = recipe.model.reward_model_name_or_path

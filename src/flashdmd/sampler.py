@@ -33,7 +33,7 @@ def guided(denoiser: Denoiser, unconditional: Callable[[int], Cond], scale: floa
         return denoiser
 
     def both(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        nothing = unconditional(len(x_t))
+        nothing = {**cond, **unconditional(len(x_t))}  # of the same picture, if it is told of one
         pair = {name: torch.cat([nothing[name], cond[name]]) for name in cond}
         x_u, x_c = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), pair).chunk(2)
         return x_u + scale * (x_c - x_u)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
@@ -22,10 +23,10 @@ from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.world import ASSETS, SIZE
 from flashdmd.errors import FULL, Interrupted, UserError
 from flashdmd.files import cut_torn_line, stoppable, write_text
-from flashdmd.models import families
 from flashdmd.models.backbones import EfficientNetLite
-from flashdmd.models.families import NetworkDenoiser, Teacher
-from flashdmd.sampler import Sampler, guided
+from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
+from flashdmd.models.teacher import Pipeline, Teacher, load_pipeline
+from flashdmd.sampler import Sampler
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
@@ -34,18 +35,68 @@ Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of,
 
 
 def load_teacher(name: str) -> Teacher:
-    """A teacher by folder, or one of the embedded ones by name."""
+    """A teacher or student by folder or hub id, or one of the embedded teachers by name."""
     if name not in EMBEDDED:
-        return families.load(Path(name))
+        return export.load_student(Path(name)) or load_pipeline(Path(name))
     folder = ASSETS / EMBEDDED[name]
     if not folder.is_dir():
         raise UserError(
             f"{name} is not shipped with this version; make it with `flashdmd emoji teacher "
             f"--family {EMBEDDED[name]}` and name the pipeline folder that this writes"
         )
-    teacher = families.load(folder)
+    teacher = load_pipeline(folder)
     teacher.folder = Path(name)  # what cards and reports call it
     return teacher
+
+
+def teacher_of(recipe: Recipe) -> Teacher:
+    """The teacher that a recipe names, on the recipe's device and held as the recipe says."""
+    model = recipe.model
+    name = model.pretrained_model_name_or_path
+    device = device_of(recipe)
+    if name in EMBEDDED:
+        teacher = load_teacher(name)
+        teacher.pipeline.to(device)
+    elif export.notes_of(Path(name)):
+        raise UserError(
+            f"model.pretrained_model_name_or_path={name!r} is a few-step student; name its teacher "
+            "there, and the student as model.student_model_name_or_path"
+        )
+    else:
+        source = Pipeline(
+            name,
+            model.revision,
+            model.variant,
+            model.teacher_lora,
+            model.teacher_lora_scale,
+            model.pretrained_vae_model_name_or_path,
+            # copies that learn in float32 are taken before the rest is rounded
+            model.frozen_dtype if recipe.lora.rank else "fp32",
+        )
+        teacher = load_pipeline(source, device)
+    teacher.in_run = model.vae_precision == "run"
+    teacher.guidance = recipe.method.teacher_guidance_scale
+    teacher.resolution = checked_resolution(recipe, teacher)
+    return teacher
+
+
+def device_of(recipe: Recipe) -> str:
+    """Raises UserError for a device that is not there."""
+    asked, there = recipe.train.device, torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UserError("train.device=cuda: torch sees no CUDA device here; use auto or cpu")
+    return "cuda" if there and asked != "cpu" else "cpu"
+
+
+def checked_resolution(recipe: Recipe, teacher: Teacher) -> int:
+    """Raises UserError for pictures that the network cannot have patches of."""
+    asked, unit = recipe.data.resolution or 0, teacher.family.multiple(teacher.pipeline)
+    if asked % unit:
+        raise UserError(
+            f"data.resolution={asked} must be a multiple of {unit}, the pixels of a patch of this "
+            f"pipeline; {max(1, asked // unit) * unit} is one"
+        )
+    return asked
 
 
 @dataclass
@@ -74,10 +125,9 @@ class Session:
         recipe, teacher = self.recipe, self.teacher
         method = recipe.method
         sampler = Sampler(teacher.process, method.student_timesteps)
-        real = guided(teacher.denoiser, teacher.unconditional, method.teacher_guidance_scale)
         shared: dict[str, Any] = {
             "sampler": sampler,
-            "teacher": real,
+            "teacher": teacher.guided(method.teacher_guidance_scale),
             "generator": self.generator,
             "score": self.score,
             "discriminator": self.discriminator,
@@ -87,9 +137,10 @@ class Session:
         if recipe.train.arm == "dmd2":
             algorithm, order = DMD2(method=method, **shared), dmd2_cycle(method, stage)
         else:
-            reference = copy.deepcopy(self.generator).requires_grad_(False) if reward else None
+            reference = self.generator.twin("reference") if reward else None
+            decode = self.decode
             algorithm = FlashDMD(
-                method=method, decode=teacher.decode, reward=reward, reference=reference, **shared
+                method=method, decode=decode, reward=reward, reference=reference, **shared
             )
             order = cycle(method, stage)
         batches = Batches(
@@ -103,6 +154,8 @@ class Session:
             reward_encoder=reward.encode_prompts if reward else None,
             stage=stage,
             in_latents=recipe.train.arm == "dmd2",
+            decode=self.decode,
+            parts=recipe.train.gradient_accumulation_steps,
         )
         return Trainer(
             algorithm,
@@ -119,7 +172,14 @@ class Session:
             stopwatch=self.stopwatch,
             student=None if self.student is self.generator else self.student,
             ema_decay=recipe.train.ema_decay,
+            parts=recipe.train.gradient_accumulation_steps,
+            device=teacher.device.type,
         )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """What the discriminator sees of latents: all, or a crop of each."""
+        crop = self.recipe.discriminator.crop
+        return self.teacher.decode(latents if crop is None else cropped(latents, crop))
 
     def learners_of(self, stage: Stage) -> dict[str, Learner]:
         """Those of the run; in stage 2 the generator may distil at a rate of its own."""
@@ -133,7 +193,16 @@ class Session:
     def take_over(self) -> None:
         """Stage 2 refines the student that stage 1 left, and is held to it as the reference."""
         if self.student is not self.generator:
-            self.generator.load_state_dict(self.student.state_dict())
+            self.generator.take(self.student)
+
+
+def cropped(latents: Float[Tensor, "B C h w"], side: int) -> Float[Tensor, "B C a b"]:
+    """A square of `side` places of each latent, anywhere; all of one that is no larger."""
+    h, w = min(side, latents.shape[2]), min(side, latents.shape[3])
+    tops = torch.randint(latents.shape[2] - h + 1, (len(latents),)).tolist()
+    lefts = torch.randint(latents.shape[3] - w + 1, (len(latents),)).tolist()
+    corners = zip(latents, tops, lefts, strict=True)
+    return torch.stack([z[:, top : top + h, left : left + w] for z, top, left in corners])
 
 
 def load_reward(name: str, teacher: Teacher) -> EmojiReward:
@@ -146,18 +215,13 @@ def open_session(recipe: Recipe) -> Session:
     """Loads all that a run needs, so that what is missing is missed now, and builds what learns."""
     torch.manual_seed(recipe.train.seed)
     prompts = tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
-    teacher = load_teacher(recipe.model.pretrained_model_name_or_path)
-    if export.trained_steps(teacher.folder):
-        raise UserError(
-            f"model.pretrained_model_name_or_path={str(teacher.folder)!r} is a few-step student; "
-            "name its teacher there, and the student as model.student_model_name_or_path"
-        )
+    teacher = teacher_of(recipe)
     check_steps(teacher, recipe.method.student_timesteps)
     source = open_source(recipe, teacher)
-    generator, score = teacher.trainable_copy(), teacher.trainable_copy()
+    generator, score = learning(recipe, teacher)
     if student := recipe.model.student_model_name_or_path:
-        for copied in (generator, score):  # mu_psi estimates the student's score, whoever that is
-            checkpoint.load_network(copied.network, Path(student), teacher.family.network)
+        for learner in (generator, score):  # mu_psi estimates the student's score, whoever that is
+            export.read_student(learner, Path(student))
     discriminator = build_discriminator(recipe, teacher, score)
     train = recipe.train
     rates = {
@@ -191,7 +255,7 @@ def open_session(recipe: Recipe) -> Session:
         teacher,
         *networks,
         source=source,
-        student=copy.deepcopy(generator).requires_grad_(False) if averages else generator,
+        student=generator.twin("average") if averages else generator,
         reward=reward,
         prompts=prompts,
         start=State(averaged=notes.averaged if notes else 0),
@@ -201,8 +265,7 @@ def open_session(recipe: Recipe) -> Session:
         (score, "score"),
         (teacher.denoiser, "teacher"),
         (discriminator, "discriminator"),
-        (teacher.pipeline.vae.decoder, "decode"),
-        (teacher.pipeline.vae.encoder, "decode"),  # of the real pictures: the way there and back
+        *((part, "decode") for part in teacher.pipeline.vae.children()),  # and the way there
     ):
         session.stopwatch.attach(module, part)
     for name, encoder in teacher.pipeline.components.items():
@@ -211,6 +274,27 @@ def open_session(recipe: Recipe) -> Session:
     if reward:
         session.stopwatch.attach(reward.network, "reward")
     return session
+
+
+def learning(recipe: Recipe, teacher: Teacher) -> tuple[NetworkDenoiser, NetworkDenoiser]:
+    """Student and score estimator, both as the teacher is: copies of its network, or with LoRA two
+    adapters on it, equal from the start (so their factors may be coupled, see docs/paper.md).
+    """
+    lora, frozen = recipe.lora, teacher.denoiser
+    if lora.rank:
+        layers = lora.lora_layers or teacher.family.lora_layers
+        adapter = Adapter(lora.rank, lora.lora_alpha or lora.rank, layers)
+        if recipe.model.quantize_base != "none":
+            raise UserError("model.quantize_base is not there yet")
+        teacher.denoiser = AdapterDenoiser(frozen.network, frozen.family, frozen.process, adapter)
+    generator = teacher.trainable_copy("student")
+    score = generator.twin("score").requires_grad_(True)
+    if recipe.train.gradient_checkpointing:
+        for network in (generator.network, score.network, teacher.pipeline.vae):
+            save_memory(network)
+    if not lora.rank:
+        teacher.hold(recipe.model.frozen_dtype)
+    return generator, score
 
 
 def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
@@ -244,11 +328,14 @@ def open_source(recipe: Recipe, teacher: Teacher) -> Source:
 def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser) -> nn.Module:
     """Heads on a frozen backbone of pictures, or for DMD2 on the score estimator's middle."""
     if recipe.train.arm == "dmd2":
-        nothing = torch.zeros(1, *teacher.latent_shape)
+        nothing = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
         with torch.no_grad():
-            middle = score.bottleneck(nothing, torch.ones(1), teacher.unconditional(1))
-        return FeatureHead(middle.shape[1], middle.shape[-1])
-    return Discriminator(EfficientNetLite(0), teacher.image_size, recipe.train.discriminator_width)
+            middle = score.bottleneck(
+                nothing, torch.ones_like(nothing[:, 0, 0, 0]), teacher.encode_prompts([""])
+            )
+        return FeatureHead(middle.shape[1], middle.shape[-1]).to(teacher.device)
+    heads = Discriminator(EfficientNetLite(0), teacher.image_size, recipe.discriminator.width)
+    return heads.to(teacher.device)
 
 
 def run_stage(session: Session, trainer: Trainer, target: int, progress: Progress) -> None:

@@ -19,6 +19,8 @@ from flashdmd.sampler import Cond
 from flashdmd.seeds import seed_of
 from flashdmd.stopwatch import REST, Stopwatch
 
+Gradients = dict[nn.Parameter, Tensor]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,6 +34,22 @@ class Batch:
     real: Tensor | None = None  # pictures for the discriminator
     real_latents: Tensor | None = None  # for a GAN in latent space
     reward_cond: Cond = field(default_factory=dict)
+
+    def split(self, parts: int) -> "list[Batch]":
+        """Equal parts, in order; one part is the batch itself."""
+        if parts == 1:
+            return [self]
+        size = len(self.noise) // parts
+
+        def cut(value: Any, i: int) -> Any:
+            if isinstance(value, dict):
+                return {name: cut(tensor, i) for name, tensor in value.items()}
+            return None if value is None else value[i * size : (i + 1) * size]
+
+        return [
+            Batch(**{name: cut(value, i) for name, value in vars(self).items()})
+            for i in range(parts)
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ class Trainer:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     student: nn.Module | None = None  # the averaged generator: what a run leaves
     ema_decay: float = 0.99
+    parts: int = 1  # gradient accumulation: what a batch is worked through in
+    device: str = "cpu"  # the kind that autocast is told
 
     def __post_init__(self) -> None:
         self.take_weight()
@@ -127,9 +147,11 @@ class Trainer:
         with self.cast():  # real pictures are decoded in the precision of the student's
             batch = self.batches(n, updates)
         record: dict[str, float] = {}
-        samples = self.rollout(updates, batch, shared)
+        parts = batch.split(self.parts)
+        steps = (0, 0) if updates == ("preference",) else self.algorithm.draw_steps(shared)
+        samples: list[Rollout] = []  # of each part, shared by all updates of this iteration
         for update in updates:
-            record |= self.update(update, samples, batch)
+            record |= self.update(update, samples, parts, steps)
         if "score" in updates:
             self.state.images += len(batch.noise)
         self.state.iteration += 1
@@ -139,31 +161,32 @@ class Trainer:
         self.stopwatch.iteration(seconds)
         return record | {"seconds": seconds}
 
-    def rollout(
-        self, updates: tuple[Update, ...], batch: Batch, shared: torch.Generator
-    ) -> Rollout | None:
-        """The samples that all updates of this iteration share, with gradients where needed."""
-        if updates == ("preference",):
-            return None
-        t, t_hat = self.algorithm.draw_steps(shared)
-        learns = "generator" in updates
-        with (
-            torch.set_grad_enabled(learns),
-            self.only(["generator"] if learns else []),
-            self.cast(),
-        ):
-            return self.algorithm.rollout(batch.noise, batch.cond, t, t_hat)
-
-    def update(self, update: Update, samples: Rollout | None, batch: Batch) -> dict[str, float]:
-        """One update: loss, gradients, optimizers, and the coupling after a generator's."""
+    def update(
+        self, update: Update, samples: list[Rollout], parts: list[Batch], steps: tuple[int, int]
+    ) -> dict[str, float]:
+        """One update: loss and gradients part by part, optimizers, the coupling after a
+        generator's. The first one of an iteration draws the `samples` that the later ones learn on.
+        """
         names = self.algorithm.trains[update]
+        values: dict[str, float] = {}
+        taken: tuple[Gradients, Gradients] = ({}, {})
+        first = not samples
         with self.only(names):
-            with self.cast():
-                loss = self.loss(update, samples, batch)
-            with self.stopwatch.part(REST):
-                record = self.backward(update, loss)
-        if update == "generator" and samples:
-            record |= {"generator/t_matching": samples.t, "generator/t_adversarial": samples.t_hat}
+            for i, part in enumerate(parts):
+                if first and update != "preference":
+                    samples.append(self.rollout(part, steps, learns=update == "generator"))
+                with self.cast():
+                    loss = self.loss(update, samples[i] if samples else None, part)
+                with self.stopwatch.part(REST):
+                    self.backward(update, loss, taken)
+                if update == "generator":  # what it leads back through is no longer needed
+                    samples[i] = samples[i].detach()
+                for name, value in {**loss.terms, **loss.watch}.items():
+                    values[name] = values.get(name, 0.0) + float(value.detach()) / len(parts)
+        record: dict[str, float] = {}
+        if update == "generator":
+            record |= self.weigh(*taken)
+            record |= {"generator/t_matching": steps[0], "generator/t_adversarial": steps[1]}
         for name in names:
             done = self.state.updates.get(name, 0)
             with self.stopwatch.part("optimizers"):
@@ -174,8 +197,12 @@ class Trainer:
             with self.stopwatch.part("optimizers"):
                 self.algorithm.couple()
                 self.average()
-        values = {**loss.terms, **loss.watch}
-        return record | {name: float(value.detach()) for name, value in values.items()}
+        return record | values
+
+    def rollout(self, part: Batch, steps: tuple[int, int], learns: bool) -> Rollout:
+        """The student's samples, with gradients where it `learns` from them."""
+        with torch.set_grad_enabled(learns), self.cast():
+            return self.algorithm.rollout(part.noise, part.cond, *steps)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -205,21 +232,25 @@ class Trainer:
         assert batch.real is not None
         return algorithm.discriminator_loss(samples, batch.real)
 
-    def backward(self, update: Update, loss: Loss) -> dict[str, float]:
-        """Gradients of the sum; for the generator also the norm that each of its two terms has."""
+    def backward(self, update: Update, loss: Loss, taken: tuple[Gradients, Gradients]) -> None:
+        """Gradients of the sum; the generator's two terms each add to its own of `taken`."""
         if update != "generator":
-            torch.stack(list(loss.terms.values())).sum().backward()
-            return {}
+            (torch.stack(list(loss.terms.values())).sum() / self.parts).backward()
+            return
         network = self.learners["generator"].network
         # DMD2's two terms share the forward at t
         with self.stopwatch.part(REST):  # it ends what the pass leaves running
-            loss.terms["matching"].backward(retain_graph=isinstance(self.algorithm, DMD2))
-        matching = take_gradients(network)
+            shares = isinstance(self.algorithm, DMD2)
+            (loss.terms["matching"] / self.parts).backward(retain_graph=shares)
+        take_gradients(network, taken[0])
         with self.stopwatch.part(REST):
-            loss.terms["adversarial"].backward()
-        adversarial = take_gradients(network)
+            (loss.terms["adversarial"] / self.parts).backward()
+        take_gradients(network, taken[1])
+
+    def weigh(self, matching: Gradients, adversarial: Gradients) -> dict[str, float]:
+        """The gradient of the generator's loss, and the norm that each of its two terms has."""
         norms = norm_of(matching), norm_of(adversarial)
-        for p in network.parameters():
+        for p in self.learners["generator"].network.parameters():
             terms = [taken[p] for taken in (matching, adversarial) if p in taken]
             p.grad = terms[0].add_(terms[1]) if len(terms) == 2 else next(iter(terms), None)
         self.calibrate(*norms)
@@ -242,7 +273,7 @@ class Trainer:
 
     def cast(self) -> Any:
         on = self.precision is not None
-        return torch.autocast("cpu", self.precision or torch.bfloat16, enabled=on)
+        return torch.autocast(self.device, self.precision or torch.bfloat16, enabled=on)
 
     @contextmanager
     def only(self, names: "list[str] | tuple[str, ...]") -> Iterator[None]:
@@ -274,15 +305,17 @@ class Trainer:
         return {name: learner.optimizer for name, learner in self.learners.items()}
 
 
-def take_gradients(network: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """The gradients of a backward pass, moved out: the next pass starts from none."""
-    taken = {p: p.grad for p in network.parameters() if p.grad is not None}
-    for p in taken:
-        p.grad = None
-    return taken
+def take_gradients(network: nn.Module, taken: Gradients) -> None:
+    """Moves the gradients of a backward pass out, to what was taken before: the next pass starts
+    from none.
+    """
+    for p in network.parameters():
+        if p.grad is not None:
+            taken[p] = taken[p].add_(p.grad) if p in taken else p.grad
+            p.grad = None
 
 
-def norm_of(gradients: dict[nn.Parameter, Tensor]) -> float:
+def norm_of(gradients: Gradients) -> float:
     """The length of all gradients together; 0 of none."""
     norms = torch._foreach_norm(list(gradients.values())) if gradients else [torch.zeros(())]
     return float(torch.stack(list(norms)).norm())

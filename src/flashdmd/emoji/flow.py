@@ -19,9 +19,6 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 
 from flashdmd.emoji.fit import Losses, fit, fused
@@ -42,12 +39,12 @@ from flashdmd.emoji.teacher import (
 from flashdmd.emoji.tutor import Tutor
 from flashdmd.emoji.vae import LATENT_CHANNELS
 from flashdmd.emoji.world import World
+from flashdmd.models.families.silent import LENGTH, silent_t5
 from flashdmd.models.padding import RepeatLast
 from flashdmd.schedule import Process, RectifiedFlow
 
 SECOND_WIDTH = 64
 JOINT_WIDTH = TEXT_WIDTH + SECOND_WIDTH
-PADDING = 256  # zero tokens in T5's place; StableDiffusion3Pipeline's default length
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -79,23 +76,6 @@ def own_sampler() -> DPMSolverMultistepScheduler:
         algorithm_type="sde-dpmsolver++",
         solver_order=1,
     )
-
-
-def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 whose encodings are zeros, for a folder that `from_pretrained` accepts as it stands.
-
-    diffusers does not load a StableDiffusion3Pipeline folder without a third text encoder unless
-    told so in the call; zeros are what the pipeline itself puts in place of a missing one.
-    """
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=PADDING)
-    encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(vocabulary), d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1
-        )
-    )
-    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
-    return encoder, tokenizer
 
 
 def with_a_last_layer(
@@ -182,7 +162,7 @@ def train_flow(
             if tutor:
                 x0, eps = tutor(x_t, t, x0, captions)
             hidden, pooled = networks.encode(tokens(tokenizer, captions))
-            with RepeatLast(LATENT_SIZE**2 + hidden.shape[1], PADDING):
+            with RepeatLast(LATENT_SIZE**2 + hidden.shape[1], LENGTH):
                 v = network(x_t, hidden, pooled, t).sample
         return {"flow": (v.float() - process.target(x0, eps, t)).square().mean()}
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashdmd.emoji.fit import fused
 from flashdmd.errors import UserError
-from flashdmd.models import families
+from flashdmd.models.teacher import load_pipeline
 from flashdmd.sampler import Cond, Denoiser
 from flashdmd.schedule import STEPS, Process, VariancePreserving, per_example
 
@@ -44,7 +44,7 @@ class Tutor:
         cls, folders: Sequence[Path], process: Process, latents: tuple[int, int, int]
     ) -> "Tutor | None":
         """Of pipeline folders; of none none. Raises UserError for one of `latents` not these."""
-        teachers = [families.load(folder) for folder in folders]
+        teachers = [load_pipeline(folder) for folder in folders]
         for teacher in teachers:
             if teacher.latent_shape != latents:
                 raise UserError(
