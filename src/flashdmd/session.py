@@ -283,7 +283,7 @@ def learning(recipe: Recipe, teacher: Teacher) -> tuple[NetworkDenoiser, Network
     lora, frozen = recipe.lora, teacher.denoiser
     if lora.rank:
         layers = lora.lora_layers or teacher.family.lora_layers
-        adapter = Adapter(lora.rank, lora.lora_alpha or lora.rank, layers)
+        adapter = Adapter(lora.rank, float(lora.lora_alpha or lora.rank), layers)
         if recipe.model.quantize_base != "none":
             raise UserError("model.quantize_base is not there yet")
         teacher.denoiser = AdapterDenoiser(frozen.network, frozen.family, frozen.process, adapter)
