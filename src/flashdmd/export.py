@@ -71,6 +71,13 @@ def write_student(
     return folder
 
 
+def plain_guidance(teacher: Teacher, guidance: float) -> float:
+    """The `guidance_scale` of a student's plain call: the teacher's where the network is told it,
+    none elsewhere, as it is part of the weights.
+    """
+    return guidance if teacher.family.embeds_guidance(teacher.pipeline) else 0.0
+
+
 def whole(teacher: Teacher, network: nn.Module, steps: tuple[int, ...]) -> Any:
     """The teacher's pipeline with another network and the scheduler of its steps.
 

@@ -93,12 +93,12 @@ class Family:
 
     def multiple(self, pipeline: Any) -> int:
         """What the sides of a picture must be multiples of: a patch of latent places, in pixels."""
-        patch = getattr(getattr(pipeline, self.network).config, "patch_size", 1)
+        patch = getattr(pipeline, self.network).config.get("patch_size", 1)
         return self.factor(pipeline) * (patch if isinstance(patch, int) else 1)
 
     def resolution(self, pipeline: Any) -> int:
         """Pixels across the square picture that the network was made for."""
-        size = getattr(getattr(pipeline, self.network).config, "sample_size", None)
+        size = getattr(pipeline, self.network).config.get("sample_size")
         return int(size or pipeline.default_sample_size) * self.factor(pipeline)
 
     def encode(self, pipeline: Any, images: Tensor) -> Tensor:
@@ -127,15 +127,15 @@ class Family:
             width=noise.shape[-1] * factor,
             num_inference_steps=steps,
             output_type="np",
-            **self.guided_call(guidance),
+            **self.guided_call(pipeline, guidance, len(prompts)),
         ).images
 
     def pack(self, pipeline: Any, noise: Tensor) -> Tensor:
         """Latents as the pipeline wants them given."""
         return noise
 
-    def guided_call(self, guidance: float) -> dict[str, Any]:
-        """How the pipeline is asked for a guidance; 0 and 1 ask for none."""
+    def guided_call(self, pipeline: Any, guidance: float, n: int) -> dict[str, Any]:
+        """How the pipeline is asked for a guidance, of `n` prompts; 0 and 1 ask for none."""
         return {"guidance_scale": guidance}
 
     # the student --------------------------------------------------------------------------------

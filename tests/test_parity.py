@@ -1,0 +1,141 @@
+"""Family by family: x_0_hat, guidance and prompts are what the stock pipeline itself computes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_export
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flashdmd import export
+from flashdmd.algorithm import Method, split
+from flashdmd.models.families.flux import packed, unpacked
+from flashdmd.models.teacher import Teacher, load_pipeline, to_uint8
+from flashdmd.sampler import Sampler
+
+PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
+SIDE = 32  # pixels
+
+
+@pytest.fixture(scope="module", params=tiny_export.KINDS)
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    folder = tmp_path_factory.mktemp(request.param) / "pipeline"
+    tiny_export.pipeline(request.param).save_pretrained(folder)
+    loaded = load_pipeline(folder)
+    loaded.resolution = SIDE
+    return loaded
+
+
+def stock_steps(
+    teacher: Teacher, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(x_t, t, x_0_hat) of each step of the stock pipeline on prompts of its own reading: from what
+    it hands to its scheduler, so guidance, signs and scales are the pipeline's.
+    """
+    scheduler, seen = teacher.pipeline.scheduler, []
+    noise = teacher.noise(len(PROMPTS), 0)
+    step = scheduler.step
+
+    def watch(out: Tensor, t: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x_t = scheduler.scale_model_input(sample, t) if score else sample
+        x_t, given = (unpacked(x, noise) if x.ndim == 3 else x for x in (x_t, out))
+        time = t.expand(len(noise)).float()
+        seen.append((x_t, time, teacher.process.to_x0(given, x_t, time)))
+        return step(out, t, sample, *args, **kwargs)
+
+    score = teacher.family.kind == "score"
+    monkeypatch.setattr(scheduler, "step", watch)
+    teacher.pipeline(
+        PROMPTS,
+        latents=teacher.family.pack(teacher.pipeline, noise),
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=3,
+        output_type="latent",
+        **teacher.family.guided_call(teacher.pipeline, guidance, len(PROMPTS)),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_guided_teacher_is_the_stock_pipelines(
+    teacher: Teacher, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = stock_steps(teacher, guidance, monkeypatch)
+    teacher.guidance = guidance
+    cond, real = teacher.encode_prompts(PROMPTS), teacher.guided(guidance)
+    assert len({float(t[0]) for _, t, _ in seen}) == 3
+    for x_t, t, theirs in seen:
+        torch.testing.assert_close(real(x_t, t, cond), theirs, atol=1e-4, rtol=1e-4)
+    x_t, t, theirs = seen[1]
+    other = teacher.encode_prompts(PROMPTS[::-1])  # the words are heard at all
+    assert (real(x_t, t, other) - theirs).abs().max() > 1e-3
+
+
+def test_pictures_survive_the_autoencoder(teacher: Teacher) -> None:
+    images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    vae = teacher.pipeline.vae
+    theirs = vae.decode(vae.encode(images).latent_dist.mode()).sample
+    latents = teacher.encode(images)
+    assert latents.shape[1:] == teacher.latent_shape
+    torch.testing.assert_close(teacher.decode(latents), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_student_is_called_plainly(teacher: Teacher, tmp_path: Path) -> None:
+    """The stock call on the written folder is our walk, at the times that its scheduler has."""
+    student = teacher.trainable_copy()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    steps, guidance = teacher.default_steps, 3.0
+    method = Method(**split(steps), teacher_guidance_scale=guidance)
+    folder = export.write_student(teacher, student, method, tmp_path / "student", "card")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, family = teacher.noise(2, 7), teacher.family
+    torch.manual_seed(3)
+    theirs = pipeline(
+        PROMPTS,
+        latents=family.pack(pipeline, noise),
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=len(steps),
+        output_type="np",
+        guidance_scale=export.plain_guidance(teacher, guidance),
+    ).images
+    theirs = (theirs * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
+    grid = [float(t) for t in pipeline.scheduler.timesteps]
+    assert max(abs(a - b) for a, b in zip(grid, steps, strict=True)) <= export.NEAR
+    torch.manual_seed(3)
+    teacher.guidance = guidance
+    cond = teacher.encode_prompts(PROMPTS)
+    tokens = family.pack(pipeline, noise).ndim == 3
+    latents = walk(Sampler(teacher.process, steps), grid, student, noise, cond, tokens)
+    with torch.no_grad():
+        ours = to_uint8(teacher.decode(latents))
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+    assert ours.std() > 1
+
+
+@torch.no_grad()
+def walk(
+    sampler: Sampler, grid: list[float], student: Any, x: Tensor, cond: Any, tokens: bool
+) -> Tensor:
+    """The sampler's walk at times that need not be whole."""
+    for t, after in zip(grid, [*grid[1:], None], strict=True):
+        x0 = student(x, torch.full((len(x),), t), cond)
+        if after is None:
+            return x0
+        alpha, sigma = sampler.process.at(torch.full((len(x),), after), x0)
+        fresh = torch.randn((packed(x0) if tokens else x0).shape)  # in the pipeline's own order
+        x = alpha * x0 + sigma * (unpacked(fresh, x0) if tokens else fresh)
+    raise AssertionError
+
+
+def test_packing_is_undone() -> None:
+    x = torch.randn(2, 4, 6, 8)
+    assert torch.equal(unpacked(packed(x), x), x)
+    assert packed(x).shape == (2, 12, 16)
