@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"config", "checkpoint", "data", "models", "emoji", "evaluate"},
     {"trainer"},
     {"batches", "export", "report"},
-    {"session"},
+    {"session", "initial"},
     {"run"},
     {"compare"},
     {"cli", "__main__"},

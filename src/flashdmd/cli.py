@@ -170,6 +170,18 @@ def config_show(recipe: str, overrides: Overrides = None) -> None:
     typer.echo(config.dump(config.read(recipe, overrides or [])), nl=False)
 
 
+@config_app.command("init")
+def config_init(
+    model: Annotated[str, typer.Argument(help="A pipeline folder or a hub id.")],
+    output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    full: Annotated[bool, typer.Option(help="Full fine-tuning instead of LoRA.")] = False,
+) -> None:
+    """A complete, commented recipe for a model, right for its family."""
+    from flashdmd import initial
+
+    typer.echo(f"Wrote {initial.write(model, output, full)}")
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """The recipe's JSON schema."""

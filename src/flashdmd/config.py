@@ -71,10 +71,7 @@ class Model(Section):
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of teacher, LoRA's base and text encoders
     vae_precision: Literal["fp32", "run"] = "fp32"  # run: as train.mixed_precision
     quantize_base: Literal["none", "int8", "nf4"] = "none"  # of LoRA's base
-    reward_model_name_or_path: str | None = (
-        "emoji-reward"  # a folder, emoji-reward; None: stage 1 only
-    )
-
+    reward_model_name_or_path: str | None = "emoji-reward"  # or a folder; None: stage 1 only
     student_model_name_or_path: str | None = None  # a student to start from; None: the teacher
 
     @field_validator("vae_precision", mode="before")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -264,6 +265,21 @@ def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
             f"be read: {how}; {ACCEPTED}"
         ) from e
     return entries
+
+
+def part_config(name: str, part: str) -> dict[str, Any]:
+    """The config of a pipeline's component, from its folder or the hub; {} if it has none."""
+    folder, file = (
+        Path(name) / part,
+        "scheduler_config.json" if part == "scheduler" else "config.json",
+    )
+    try:
+        if Path(name).is_dir():
+            return dict(json.loads((folder / file).read_text("utf-8")))
+        path = hf_hub_download(name, f"{part}/{file}", local_files_only=offline())
+        return dict(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def family_of(name: str, entries: dict[str, Any]) -> Family:
