@@ -128,12 +128,12 @@ def read_student(student: NetworkDenoiser, folder: Path) -> None:
         ) from e
 
 
-def load_student(folder: Path) -> Teacher | None:
+def load_student(folder: Path, device: str = "cpu") -> Teacher | None:
     """A student that is a LoRA, on its base, ready to draw; None for anything else."""
     notes = notes_of(folder)
     if notes is None or notes.base is None:
         return None
-    teacher = load_pipeline(Pipeline(**notes.base))
+    teacher = load_pipeline(Pipeline(**notes.base), device)
     fuse(teacher.pipeline, str(folder), 1.0)
     teacher.pipeline.scheduler = scheduler_for(teacher, notes.steps)
     teacher.resolution = notes.resolution

@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,24 +16,31 @@ from tqdm import tqdm
 
 from flashdmd import checkpoint, config, export
 from flashdmd.config import Recipe
+from flashdmd.data import read_prompts
 from flashdmd.emoji import judge
 from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.teacher import SHOWN
 from flashdmd.emoji.world import ASSETS, Split
 from flashdmd.errors import UserError
+from flashdmd.evaluate.own import LEAST, OwnBench
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
 from flashdmd.files import alone_in, write_text
+from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
 from flashdmd.session import (
+    EMOJI,
     Progress,
     Session,
+    device_of,
     load_reward,
     load_teacher,
     open_session,
+    open_source,
     run_stage,
+    teacher_of,
     write_json,
 )
 from flashdmd.trainer import Trainer
@@ -251,29 +258,27 @@ def demo(family: str, output_dir: Path, overrides: list[str]) -> Path:
 
 def measure(recipe: Recipe) -> Path:
     """metrics.json and the sample sheets of a finished run: teachers and students side by side."""
-    output, teacher = (
-        Path(recipe.output_dir),
-        load_teacher(recipe.model.pretrained_model_name_or_path),
-    )
+    output, teacher = Path(recipe.output_dir), teacher_of(recipe)
     guidance, steps = recipe.method.teacher_guidance_scale, len(recipe.method.student_timesteps)
-    arms = {
-        f"teacher-{recipe.validation.teacher_steps}": Arm(
-            teacher, recipe.validation.teacher_steps, guidance
-        ),
-        f"teacher-{steps}": Arm(teacher, steps, guidance),
-        "student-stage1": Arm(load_teacher(str(output / "student-stage1")), steps, 0.0),
+    many = recipe.validation.teacher_steps
+    arms: dict[str, Callable[[], Arm]] = {  # of students one at a time: each is a pipeline
+        f"teacher-{many}": lambda: Arm(teacher, many, guidance),
+        f"teacher-{steps}": lambda: Arm(teacher, steps, guidance),
+        "student-stage1": lambda: student_arm(output / "student-stage1", recipe),
     }
     if recipe.train.joint_train_steps:
-        last = load_teacher(str(output / "student"))
-        arms[f"student-{recipe.train.stage2}"] = Arm(last, steps, 0.0)
-    protocol = Protocol(num_prompts=recipe.validation.num_prompts, seed=recipe.validation.seed)
-    bench = Bench(protocol, judge.load(ASSETS / "judge"))
+        arms[f"student-{recipe.train.stage2}"] = lambda: student_arm(output / "student", recipe)
+    bench = bench_of(recipe, teacher)
     name = recipe.model.reward_model_name_or_path
     reward = load_reward(name, teacher) if name else None
     score = scorer(reward, teacher) if reward else None
-    prompts = list(recipe.validation.prompts or SHOWN)
+    embedded = isinstance(bench, Bench)
+    prompts = list(
+        recipe.validation.prompts or (SHOWN if embedded else bench.prompts[: len(SHOWN)])
+    )
     rows, shown = [], {}
-    for arm, one in tqdm(arms.items(), desc="measure", unit="arm"):
+    for arm, made in tqdm(arms.items(), desc="measure", unit="arm"):
+        one = made()
         rows.append(bench.measure(arm, one.nfe, one.draw, score))
         shown[arm] = one.draw(prompts, recipe.validation.seed)
         for i, image in enumerate(shown[arm]):
@@ -287,6 +292,33 @@ def measure(recipe: Recipe) -> Path:
     return output / "metrics.json"
 
 
+def student_arm(folder: Path, recipe: Recipe) -> "Arm":
+    """A student of this run, called plainly."""
+    student = load_teacher(str(folder), device_of(recipe))
+    student.resolution = recipe.data.resolution or 0
+    guidance = export.plain_guidance(student, recipe.method.teacher_guidance_scale)
+    return Arm(student, len(recipe.method.student_timesteps), guidance)
+
+
+def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
+    """What a run is measured by: the embedded judge where it is of the embedded pictures, else
+    distances to pictures of its own.
+    """
+    said = recipe.validation
+    if recipe.data.train_data_dir == EMOJI:
+        protocol = Protocol(num_prompts=said.num_prompts, seed=said.seed)
+        return Bench(protocol, judge.load(ASSETS / "judge"))
+    source = open_source(recipe, teacher)
+    rng = np.random.default_rng(seed_of("measured", said.seed))
+    pictures, captions = source(rng, said.num_prompts)
+    if recipe.data.prompts:
+        known = read_prompts(Path(recipe.data.prompts))
+        captions = [known[i] for i in rng.permutation(len(known))[: said.num_prompts]]
+    if len(said.prompts) >= LEAST:
+        captions = list(said.prompts)
+    return OwnBench(captions, said.seed, EfficientNetLite(2), pictures)
+
+
 @dataclass(frozen=True)
 class Arm:
     """A pipeline, its steps and its guidance: something that draws."""
@@ -298,7 +330,8 @@ class Arm:
     @property
     def nfe(self) -> int:
         """Network calls a picture: two a step under guidance."""
-        return self.steps * (2 if self.guidance > 1 else 1)
+        told = self.teacher.family.embeds_guidance(self.teacher.pipeline)
+        return self.steps * (2 if self.guidance > 1 and not told else 1)
 
     def draw(self, prompts: list[str], seed: int) -> np.ndarray:
         """(N, 3, H, W) uint8; noise i is the same for every arm, and so are later draws."""

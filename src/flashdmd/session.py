@@ -30,14 +30,15 @@ from flashdmd.sampler import Sampler
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
+EMOJI = "emoji"  # as data.train_data_dir: the embedded world
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
 
 
-def load_teacher(name: str) -> Teacher:
+def load_teacher(name: str, device: str = "cpu") -> Teacher:
     """A teacher or student by folder or hub id, or one of the embedded teachers by name."""
     if name not in EMBEDDED:
-        return export.load_student(Path(name)) or load_pipeline(Path(name))
+        return export.load_student(Path(name), device) or load_pipeline(Path(name), device)
     folder = ASSETS / EMBEDDED[name]
     if not folder.is_dir():
         raise UserError(
@@ -46,6 +47,7 @@ def load_teacher(name: str) -> Teacher:
         )
     teacher = load_pipeline(folder)
     teacher.folder = Path(name)  # what cards and reports call it
+    teacher.pipeline.to(device)
     return teacher
 
 
@@ -55,8 +57,7 @@ def teacher_of(recipe: Recipe) -> Teacher:
     name = model.pretrained_model_name_or_path
     device = device_of(recipe)
     if name in EMBEDDED:
-        teacher = load_teacher(name)
-        teacher.pipeline.to(device)
+        teacher = load_teacher(name, device)
     elif export.notes_of(Path(name)):
         raise UserError(
             f"model.pretrained_model_name_or_path={name!r} is a few-step student; name its teacher "
@@ -315,7 +316,7 @@ def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
 def open_source(recipe: Recipe, teacher: Teacher) -> Source:
     """The real pictures: the embedded world's, or a folder's at the teacher's size."""
     name = recipe.data.train_data_dir
-    if name != "emoji":
+    if name != EMOJI:
         return open_folder(Path(name), teacher.image_size, captions=not recipe.data.prompts)
     if teacher.image_size != SIZE:
         raise UserError(

@@ -50,7 +50,7 @@ METRICS = (
         "kid",
         "KID",
         "lower",
-        "Distance to held-out emoji in the judge's features. 0: cannot be told apart.",
+        "Distance to the reference pictures in a judge's features. 0: cannot be told apart.",
     ),
     Metric(
         "retrieval",
