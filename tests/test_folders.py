@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flashdmd.data import open_folder, read_picture
+from flashdmd.data import open_folder
 from flashdmd.errors import UserError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -62,7 +62,9 @@ def test_the_same_draw_gives_the_same_pictures(tmp_path: Path) -> None:
 def test_prompts_of_ones_own_make_captions_needless(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     assert set(drawn(tmp_path, captions=False)[1]) == {""}
-    with pytest.raises(UserError, match=r"1 of 1 pictures .* no caption \(a\.png.*data\.prompts"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 pictures .* without caption \(a\.png.*data\.prompts"
+    ):
         open_folder(tmp_path, 16)
 
 
@@ -72,71 +74,105 @@ def test_a_broken_picture_is_left_out_and_told(
     with_captions(tmp_path, 200)
     whole = (tmp_path / "007.png").read_bytes()
     (tmp_path / "007.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "008.txt").unlink()
     source = open_folder(tmp_path, 16)
-    _, captions = source(np.random.default_rng(0), 600)
-    assert "number 7" not in captions
-    assert len(captions) == 600
-    assert [p.name for p in source.broken] == ["007.png"]
-    assert caplog.text.count("007.png is left out") == 1
+    _, captions = source(np.random.default_rng(0), 4000)
+    assert {f"number {i}" for i in range(200)} - set(captions) == {"number 7", "number 8"}
+    report = source.report
+    assert (report.total, report.used, report.broken, report.without_caption) == (200, 198, 1, 1)
+    assert "198 of 200 pictures are used; 1 broken; 1 without caption\n" in caplog.text
+    assert "1 without caption (008.png: no .txt" in caplog.text
+    assert "1 broken (007.png: OSError" in caplog.text
 
 
 def test_more_than_one_in_a_hundred_broken_is_an_error(tmp_path: Path) -> None:
     with_captions(tmp_path, 100)
     for i in (3, 4):
         (tmp_path / f"{i:03d}.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"2 of 100 pictures .*003\.png.*004\.png"):
-        drawn(tmp_path, 900)
+    with pytest.raises(UserError, match=r"2 of 100 pictures .*003\.png: not a.*004\.png.*repair"):
+        open_folder(tmp_path, 16)
+    picture(tmp_path / "004.png")
+    assert open_folder(tmp_path, 16).report.broken == 1
 
 
-@pytest.mark.parametrize(
-    ("mode", "colour", "seen"),
-    [
-        ("L", 200, (200, 200, 200)),
-        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
-        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("I;16", 65535 // 2, (127, 127, 127)),
-        ("1", 1, (255, 255, 255)),
-    ],
-)
-def test_every_mode_becomes_rgb(mode: str, colour: object, seen: object, tmp_path: Path) -> None:
-    path = picture(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), mode, colour)
-    image = read_picture(path, 8)
-    assert image.dtype == np.uint8
-    assert np.abs(image.mean((1, 2)) - seen).max() < 3
+def test_broken_pictures_and_missing_captions_count_together(tmp_path: Path) -> None:
+    with_captions(tmp_path, 100)
+    (tmp_path / "003.png").write_bytes(b"no picture")
+    (tmp_path / "004.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"2 of 100 .*1 without caption \(004\.png.*1 broken \(003"):
+        open_folder(tmp_path, 16)
 
 
-def test_a_palette_with_a_transparent_colour_lies_on_white(tmp_path: Path) -> None:
-    image = Image.new("P", (8, 8), 0)
-    image.putpalette([10, 20, 30])
-    image.save(tmp_path / "a.png", transparency=0)
-    assert (read_picture(tmp_path / "a.png", 8) == 255).all()
+def test_a_format_that_is_not_read_is_not_dropped_silently(tmp_path: Path) -> None:
+    with_captions(tmp_path, 100)
+    for name in ("a.heic", "b.avif"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"2 of 102 .*without a picture.*a\.heic.*convert"):
+        open_folder(tmp_path, 16)
+    (tmp_path / "b.avif").unlink()
+    assert open_folder(tmp_path, 16).report.without_picture == 1
 
 
-def test_a_turned_photograph_stands_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 8), RED)
-    image.paste(GREEN, (0, 0, 8, 4))  # the upper half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    image.save(tmp_path / "a.png", exif=exif)
-    upright = read_picture(tmp_path / "a.png", 8)
-    assert upright[1, :, 6:].mean() > 200  # green is on the right
-    assert upright[0, :, :2].mean() > 200
+def test_names_that_differ_in_the_ending_share_a_caption(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "a.bmp", colour=GREEN)
+    (tmp_path / "a.jpeg").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "a.txt").write_text("a thing")
+    source = open_folder(tmp_path, 16)
+    report = source.report
+    assert (report.total, report.used, report.duplicates, report.copies) == (3, 2, 2, 1)
+    assert "1 given twice; 2 names met again" in str(report)
+    assert {source.catalogue.name(i) for i in range(2)} == {"a.bmp", "a.jpeg"}
 
 
-def test_the_middle_is_taken(tmp_path: Path) -> None:
-    image = Image.new("RGB", (48, 16), GREEN)
-    image.paste(RED, (16, 0, 32, 16))
-    image.save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", 16)[0].min() > 200
+def test_the_same_file_twice_in_metadata(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    lines = [{"file_name": "a.png", "text": t} for t in ("red", "crimson", "red")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_folder(tmp_path, 16)
+    assert [source.catalogue.caption(i) for i in range(2)] == ["red", "crimson"]
+    report = source.report
+    assert (report.total, report.used, report.duplicates, report.copies) == (3, 2, 2, 1)
+
+
+def test_captions_stand_in_a_table(tmp_path: Path) -> None:
+    picture(tmp_path / "train/a.png")
+    picture(tmp_path / "train/b.png")
+    picture(tmp_path / "test/c.png")
+    (tmp_path / "train/metadata.csv").write_text('file_name,text\na.png,"red, a"\nb.png,"a\nb"\n')
+    (tmp_path / "test/metadata.jsonl").write_text('{"file_name": "./c.png", "text": "c"}')
+    catalogue = open_folder(tmp_path, 16).catalogue
+    found = {catalogue.name(i): catalogue.caption(i) for i in range(3)}
+    assert found == {"train/a.png": "red, a", "train/b.png": "a b", "test/c.png": "c"}
+
+
+def test_what_metadata_does_not_name_is_counted(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    assert "1 not named in the metadata" in str(open_folder(tmp_path, 16).report)
+
+
+def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    with_captions(tmp_path, 1)
+    (tmp_path / "._000.png").write_bytes(b"what another system leaves there")
+    picture(tmp_path / ".thumbnails/000.png")
+    assert open_folder(tmp_path, 16).report.total == 1
+
+
+def test_links_to_folders_are_followed_and_rings_are_not(tmp_path: Path) -> None:
+    with_captions(tmp_path / "elsewhere", 2)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/ring").symlink_to(tmp_path / "data")
+    assert open_folder(tmp_path / "data", 16).report.used == 2
 
 
 def test_what_is_no_folder_of_pictures_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train_data_dir=.*nowhere' is not a folder"):
         open_folder(tmp_path / "nowhere", 16)
-    (tmp_path / "a.gif").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds no pictures.*\.png"):
+    (tmp_path / "a.md").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds no pictures.*png"):
         open_folder(tmp_path, 16)
 
 
@@ -148,8 +184,8 @@ def test_what_is_no_folder_of_pictures_is_said(tmp_path: Path) -> None:
         ('{"text": "a"}', 'line 1: not an object with a "file_name"'),
         ('{"file_name": "a.png"}', 'with a "text" or "caption" or "prompt"'),
         ('{"file_name": "a.png", "text": " "}', '"text" must be a text that is not empty'),
-        ('{"file_name": "b.png", "text": "a"}', "no picture 'b.png'"),
-        ('{"file_name": "../a.png", "text": "a"}', "no picture '../a.png'"),
+        ('{"file_name": "b.png", "text": "a"}', "b.png: No such file or directory"),
+        ('{"file_name": "../a.png", "text": "a"}', "1 refused (../a.png"),
     ],
 )
 def test_a_bad_line_of_metadata_is_named(line: str, said: str, tmp_path: Path) -> None:
@@ -161,11 +197,15 @@ def test_a_bad_line_of_metadata_is_named(line: str, said: str, tmp_path: Path) -
     assert said in str(e.value)
 
 
-def test_an_absolute_path_is_refused(tmp_path: Path) -> None:
+def test_paths_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": str(path), "text": "a"}))
-    with pytest.raises(UserError, match="no picture"):
-        open_folder(tmp_path, 16)
+    with_captions(tmp_path / "in", 200)
+    names = [f"{i:03d}.png" for i in range(200)]
+    for outside in (str(path), "../a.png", "x/../../a.png", "..\\a.png", "a\0.png"):
+        lines = [json.dumps({"file_name": n, "text": "a"}) for n in (outside, *names)]
+        (tmp_path / "in/metadata.jsonl").write_text("\n".join(lines))
+        report = open_folder(tmp_path / "in", 16).report
+        assert (report.total, report.used, report.refused) == (201, 200, 1)
 
 
 def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:

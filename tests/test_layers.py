@@ -12,7 +12,7 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"__init__", "errors", "files", "seeds", "schedule", "losses"},
     {"sampler", "discriminator", "reward", "stopwatch"},
     {"algorithm", "baselines"},
-    {"config", "checkpoint", "data", "models", "emoji", "evaluate"},
+    {"config", "checkpoint", "data", "cache", "models", "emoji", "evaluate"},
     {"trainer"},
     {"batches", "export", "report"},
     {"session", "initial"},

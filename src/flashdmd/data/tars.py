@@ -1,0 +1,167 @@
+"""Pictures in webdataset tars, read from where they lie; nothing is ever unpacked to the disk."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from glob import glob
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from flashdmd.data.folder import suffix, walk
+from flashdmd.data.listing import BLIND, COPY, MUTE, REFUSED, Entry, Listing
+from flashdmd.data.pictures import PICTURES, Stream
+from flashdmd.data.prompts import CAPTION_KEYS, one_line, record, said
+from flashdmd.errors import UserError
+
+TEXTS = ("txt", "text", "caption")  # endings; then json
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # key: to the base name's 1st dot
+PATIENCE_S = 10  # before a bar is shown
+BLOCK = 2**20  # bytes
+
+
+class Span(NamedTuple):
+    """Where a member's bytes are."""
+
+    tar: Path
+    offset: int
+    size: int
+
+
+def shards(pattern: str) -> list[Path]:
+    """The tars of a folder, a brace pattern (train-{000..012}.tar) or a glob, in order.
+
+    Raises UserError for those that are not there.
+    """
+    if Path(pattern).is_dir():
+        return [Path(pattern) / name for name in walk(Path(pattern)) if suffix(name) == ".tar"]
+    paths = [Path(p) for one in expanded(pattern) for p in (sorted(glob(one)) or [one])]
+    if absent := [str(p) for p in paths if not p.is_file()]:
+        raise UserError(
+            f"{len(absent)} of the {len(paths)} tars of {pattern!r} are not there: "
+            f"{', '.join(absent[:3])}"
+        )
+    return list(dict.fromkeys(paths))
+
+
+def expanded(pattern: str) -> list[str]:
+    """{000..012} and {a,b} written out."""
+    found = BRACES.search(pattern)
+    if not found:
+        return [pattern]
+    first, last, words = found.groups()
+    inner = words.split(",") if words else []
+    if first:
+        inner = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    ends = pattern[: found.start()], pattern[found.end() :]
+    return [full for word in inner for full in expanded(word.join(ends))]
+
+
+def list_tars(where: str, paths: list[Path], captions: bool) -> Listing:
+    """One picture of each key of each tar, the first; a key of an earlier tar is counted, and kept.
+
+    Raises UserError for what is no whole tar.
+    """
+    listing = Listing(where, read)
+    seen: set[str] = set()
+    for path in tqdm(paths, "reading tars", delay=PATIENCE_S, leave=False):
+        groups = grouped(listing, path)
+        listing.duplicates += len(seen & groups.keys())
+        seen |= groups.keys()
+        facts = path.stat()
+        stamp = f"{facts.st_size}-{facts.st_mtime_ns}"
+        with path.open("rb") as f:
+            for key, members in groups.items():
+                add(listing, key, members, f"{stamp}@", f if captions else None)
+    return listing
+
+
+def read(span: Span) -> BytesIO:
+    with span.tar.open("rb") as f:
+        return BytesIO(cut(f, span))
+
+
+def cut(f: Stream, span: Span) -> bytes:
+    f.seek(span.offset)
+    return f.read(span.size)
+
+
+def grouped(listing: Listing, path: Path) -> dict[str, dict[str, Span]]:
+    """key -> ending -> where; what is no plain file inside, or there again, is left out."""
+    groups: dict[str, dict[str, Span]] = {}
+    for member in members(path):
+        name = f"{path.name}:{member.name}"
+        parts = PurePosixPath(member.name).parts
+        if member.isdir():
+            continue
+        if member.name.startswith("/") or ".." in parts or not member.isreg() or member.issparse():
+            why = "a link or a device" if not member.isreg() else "outside, or not in one piece"
+            listing.leave_out(REFUSED, name, why)
+            continue
+        found = MEMBER.fullmatch(PurePosixPath(member.name).as_posix())
+        if found is None or any(part[0] == "." for part in parts):
+            continue
+        key, ending = found[1], found[2].lower()
+        group = groups.setdefault(key, {})
+        if f".{ending}" in PICTURES and any(f".{e}" in PICTURES for e in group):
+            listing.duplicates += 1
+            listing.leave_out(COPY, name, f"another picture of the key {key}")
+            continue
+        group.setdefault(ending, Span(path, member.offset_data, member.size))
+    return groups
+
+
+def members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Raises UserError when the tar is none or ends before its end mark or goes on after it."""
+    wanted = "give tars that are whole and not compressed: pictures are read from their middle"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.__dict__["members"].clear()  # or every one is kept
+                yield member
+            end = tar.offset
+        with path.open("rb") as f:  # tarfile stops at what it does not know, and says nothing
+            f.seek(end)
+            rest = f.read(BLOCK)
+            if not rest:
+                raise UserError(f"{path} has no end mark and so is cut off; {wanted}")
+            while rest:
+                if rest.count(0) < len(rest):
+                    raise UserError(
+                        f"{path} goes on after byte {end}, where it ends or is damaged: tars that "
+                        f"are joined are not read; {wanted}"
+                    )
+                rest = f.read(BLOCK)
+    except (tarfile.TarError, OSError, EOFError) as e:
+        raise UserError(f"{path} cannot be read as a tar: {e}; {wanted}") from e
+
+
+def add(
+    listing: Listing, key: str, group: dict[str, Span], stamp: str, captions: Stream | None
+) -> None:
+    """Adds the picture of a group, with its caption out of the open tar `captions` if given."""
+    ending = next((e for e in group if f".{e}" in PICTURES), None)
+    tar = next(iter(group.values())).tar
+    if ending is None:
+        listing.leave_out(BLIND, f"{tar.name}:{key}", "it has " + ", ".join(group))
+        return
+    span, name, caption = group[ending], f"{tar.name}:{key}.{ending}", ""
+    if captions is not None:
+        try:
+            caption = caption_of(group, captions, name)
+        except (UserError, UnicodeDecodeError) as e:
+            listing.leave_out(MUTE, name, str(e))
+            return
+    listing.entries.append(Entry(name, caption, span, f"{stamp}{span.offset}"))
+
+
+def caption_of(group: dict[str, Span], tar: Stream, name: str) -> str:
+    for ending in TEXTS:
+        if ending in group and (text := one_line(cut(tar, group[ending]).decode("utf-8-sig"))):
+            return text
+    if "json" in group:
+        return one_line(said(record(cut(tar, group["json"]), name), CAPTION_KEYS, name))
+    raise UserError(f"no {', '.join(TEXTS)} or json with words")
