@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 
 from flashdmd import checkpoint, cli, compare, config, run
 from flashdmd.config import Recipe
+from flashdmd.drawing import Arm
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
 from flashdmd.files import alone_in, stoppable
+from flashdmd.loading import load_teacher
 from flashdmd.report.run import parsed
-from flashdmd.session import Session, load_teacher, open_session
+from flashdmd.session import Session, open_session
 from flashdmd.trainer import Trainer
 
 
@@ -344,7 +346,7 @@ def test_a_sampler_without_noise_draws_the_same_however_many_at_once(
     """Each starting noise is its prompt's own. One that draws noise at every step, as the shipped
     teachers and students do, draws it for all that stand together, and this shows nothing of it.
     """
-    arm = run.Arm(load_teacher(str(folders["teacher"])), 2, 3.0)
+    arm = Arm(load_teacher(str(folders["teacher"])), 2, 3.0)
     together = arm.draw(["a cat", "a dog", "a tree"], 5)
     monkeypatch.setattr(run, "DRAWN_AT_ONCE", 2)
     apart = arm.draw(["a cat", "a dog", "a tree"], 5)

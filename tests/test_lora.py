@@ -12,10 +12,11 @@ from flashdmd import export
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import UserError
+from flashdmd.loading import load_teacher
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, save_memory
 from flashdmd.models.teacher import Teacher, load_pipeline
 from flashdmd.sampler import times
-from flashdmd.session import Session, load_teacher, open_session
+from flashdmd.session import Session, open_session
 
 PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
 MAKE = {"score": tiny.score_folder, "flow": tiny.flow_folder}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ def test_real_pictures_are_as_they_are_or_as_the_decoder_would_draw_them(
 ) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64)).astype(np.uint8)
     run = session(teacher, method={"real_images": real_images})
-    run.source = lambda rng, n, pictures=True, drawn=pictures: (drawn, list(PROMPTS[:n]))
+    drawn = run.source.draw(np.random.default_rng(0), 3)
+    run.source.draw = lambda *_, **__: replace(drawn, pictures=pictures)
     expected, vae = torch.from_numpy(pictures) / 127.5 - 1, teacher.pipeline.vae
     if real_images == "decoded":
         with torch.no_grad():

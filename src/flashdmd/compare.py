@@ -16,15 +16,17 @@ from tqdm import tqdm
 from flashdmd import run
 from flashdmd.baselines import TTUR
 from flashdmd.config import Recipe, apply, build
+from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.evaluate.protocol import Bench, Protocol
 from flashdmd.files import write_text
+from flashdmd.loading import load_reward, load_teacher
 from flashdmd.models.teacher import Teacher
 from flashdmd.report.run import parsed, unrolled
 from flashdmd.seeds import seed_of
-from flashdmd.session import load_reward, load_teacher, write_json
+from flashdmd.session import write_json
 
 FIGURES = ("kid", "retrieval", "reward", "held_out_reward", "diversity")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 1..9 degrees of freedom
@@ -138,23 +140,21 @@ def bench_of(recipe: Recipe, seed: int) -> Bench:
     return Bench(protocol, judge.load(ASSETS / "judge"))
 
 
-def teachers(recipe: Recipe, teacher: Teacher) -> dict[str, tuple[run.Arm, dict[str, int]]]:
+def teachers(recipe: Recipe, teacher: Teacher) -> dict[str, tuple[Arm, dict[str, int]]]:
     """The teacher at the steps it is known for and at the student's, guided as it is distilled."""
     guidance = recipe.method.teacher_guidance_scale
     few = len(recipe.method.student_timesteps)
     return {
-        f"teacher, {n} steps": (run.Arm(teacher, n, guidance), {})
+        f"teacher, {n} steps": (Arm(teacher, n, guidance), {})
         for n in (recipe.validation.teacher_steps, few)
     }
 
 
-def students(
-    recipe: Recipe, trained: dict[str, Recipe]
-) -> dict[str, tuple[run.Arm, dict[str, int]]]:
+def students(recipe: Recipe, trained: dict[str, Recipe]) -> dict[str, tuple[Arm, dict[str, int]]]:
     """The students that the runs of one seed left, each with what it cost."""
     few = len(recipe.method.student_timesteps)
     return {
-        name: (run.Arm(load_teacher(str(folder)), few, 0.0), cost(folder.parent, name))
+        name: (Arm(load_teacher(str(folder)), few, 0.0), cost(folder.parent, name))
         for arm, one in trained.items()
         for name, part in PLAN[arm].students.items()
         if (folder := Path(one.output_dir) / part).is_dir()

@@ -4,7 +4,6 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from flashdmd import checkpoint, config, export
 from flashdmd.config import Recipe
-from flashdmd.data import read_prompts
+from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
 from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.teacher import SHOWN
@@ -25,28 +24,17 @@ from flashdmd.errors import UserError
 from flashdmd.evaluate.own import LEAST, OwnBench
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
 from flashdmd.files import alone_in, write_text
+from flashdmd.loading import device_of, load_reward, load_teacher, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
-from flashdmd.session import (
-    EMOJI,
-    Progress,
-    Session,
-    device_of,
-    load_reward,
-    load_teacher,
-    open_session,
-    open_source,
-    run_stage,
-    teacher_of,
-    write_json,
-)
+from flashdmd.session import Progress, Session, open_session, run_stage, write_json
+from flashdmd.sources import EMOJI, open_source, prompts_of
 from flashdmd.trainer import Trainer
 
 GUIDANCE, TEACHER_STEPS = 3.0, 50  # of a teacher, where nothing says otherwise
-DRAWN_AT_ONCE = 64  # pictures of 64 pixels; of larger ones as many fewer
 PICTURES = (".png", ".webp")
 REAL = "real pictures"
 COMPARED = 8  # prompts of comparison.png
@@ -310,40 +298,13 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
         return Bench(protocol, judge.load(ASSETS / "judge"))
     source = open_source(recipe, teacher)
     rng = np.random.default_rng(seed_of("measured", said.seed))
-    pictures, captions = source(rng, said.num_prompts)
-    if recipe.data.prompts:
-        known = read_prompts(Path(recipe.data.prompts))
+    drawn = source.draw(rng, said.num_prompts)
+    captions = drawn.captions
+    if known := prompts_of(recipe):
         captions = [known[i] for i in rng.permutation(len(known))[: said.num_prompts]]
     if len(said.prompts) >= LEAST:
         captions = list(said.prompts)
-    return OwnBench(captions, said.seed, EfficientNetLite(2), pictures)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A pipeline, its steps and its guidance: something that draws."""
-
-    teacher: Teacher
-    steps: int
-    guidance: float
-
-    @property
-    def nfe(self) -> int:
-        """Network calls a picture: two a step under guidance."""
-        told = self.teacher.family.embeds_guidance(self.teacher.pipeline)
-        return self.steps * (2 if self.guidance > 1 and not told else 1)
-
-    def draw(self, prompts: list[str], seed: int) -> np.ndarray:
-        """(N, 3, H, W) uint8; noise i is the same for every arm, and so are later draws."""
-        images = []
-        at_once = max(1, DRAWN_AT_ONCE * 64**2 // self.teacher.image_size**2)
-        starts = range(0, len(prompts), at_once)
-        for start in tqdm(starts, desc="draw", unit="batch", leave=False, delay=10):
-            some = prompts[start : start + at_once]
-            torch.manual_seed(seed_of("draw", seed, start))
-            noise = self.teacher.noise(len(some), seed + start)
-            images.append(self.teacher.sample(some, noise, self.steps, self.guidance))
-        return np.concatenate(images)
+    return OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures)
 
 
 def scorer(reward: EmojiReward, teacher: Teacher) -> Score:

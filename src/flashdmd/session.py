@@ -14,90 +14,23 @@ from torch import Tensor, nn
 from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.baselines import DMD2, dmd2_cycle
-from flashdmd.batches import Batches, EmojiSource, Source
+from flashdmd.batches import Batches, Source
+from flashdmd.cache import Latents
 from flashdmd.config import Recipe
-from flashdmd.data import open_folder, read_prompts
 from flashdmd.discriminator import Discriminator, FeatureHead
-from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.reward import EmojiReward
-from flashdmd.emoji.world import ASSETS, SIZE
 from flashdmd.errors import FULL, Interrupted, UserError
 from flashdmd.files import cut_torn_line, stoppable, write_text
+from flashdmd.loading import load_reward, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
-from flashdmd.models.teacher import Pipeline, Teacher, load_pipeline
+from flashdmd.models.teacher import Teacher
 from flashdmd.sampler import Sampler
+from flashdmd.sources import cache_embeddings, cache_latents, known_prompts, open_source, prompts_of
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
-EMOJI = "emoji"  # as data.train_data_dir: the embedded world
-EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
-
-
-def load_teacher(name: str, device: str = "cpu") -> Teacher:
-    """A teacher or student by folder or hub id, or one of the embedded teachers by name."""
-    if name not in EMBEDDED:
-        return export.load_student(Path(name), device) or load_pipeline(Path(name), device)
-    folder = ASSETS / EMBEDDED[name]
-    if not folder.is_dir():
-        raise UserError(
-            f"{name} is not shipped with this version; make it with `flashdmd emoji teacher "
-            f"--family {EMBEDDED[name]}` and name the pipeline folder that this writes"
-        )
-    teacher = load_pipeline(folder)
-    teacher.folder = Path(name)  # what cards and reports call it
-    teacher.pipeline.to(device)
-    return teacher
-
-
-def teacher_of(recipe: Recipe) -> Teacher:
-    """The teacher that a recipe names, on the recipe's device and held as the recipe says."""
-    model = recipe.model
-    name = model.pretrained_model_name_or_path
-    device = device_of(recipe)
-    if name in EMBEDDED:
-        teacher = load_teacher(name, device)
-    elif export.notes_of(Path(name)):
-        raise UserError(
-            f"model.pretrained_model_name_or_path={name!r} is a few-step student; name its teacher "
-            "there, and the student as model.student_model_name_or_path"
-        )
-    else:
-        source = Pipeline(
-            name,
-            model.revision,
-            model.variant,
-            model.teacher_lora,
-            model.teacher_lora_scale,
-            model.pretrained_vae_model_name_or_path,
-            # copies that learn in float32 are taken before the rest is rounded
-            model.frozen_dtype if recipe.lora.rank else "fp32",
-        )
-        teacher = load_pipeline(source, device)
-    teacher.in_run = model.vae_precision == "run"
-    teacher.guidance = recipe.method.teacher_guidance_scale
-    teacher.resolution = checked_resolution(recipe, teacher)
-    return teacher
-
-
-def device_of(recipe: Recipe) -> str:
-    """Raises UserError for a device that is not there."""
-    asked, there = recipe.train.device, torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise UserError("train.device=cuda: torch sees no CUDA device here; use auto or cpu")
-    return "cuda" if there and asked != "cpu" else "cpu"
-
-
-def checked_resolution(recipe: Recipe, teacher: Teacher) -> int:
-    """Raises UserError for pictures that the network cannot have patches of."""
-    asked, unit = recipe.data.resolution or 0, teacher.family.multiple(teacher.pipeline)
-    if asked % unit:
-        raise UserError(
-            f"data.resolution={asked} must be a multiple of {unit}, the pixels of a patch of this "
-            f"pipeline; {max(1, asked // unit) * unit} is one"
-        )
-    return asked
 
 
 @dataclass
@@ -112,6 +45,7 @@ class Session:
     learners: dict[str, Learner]
     source: Source  # real pictures and their captions
     student: NetworkDenoiser  # what a stage leaves: the generator, averaged unless ema_decay is 0
+    latents: Latents | None = None  # of the real pictures, where they were encoded before
     reward: EmojiReward | None = None  # of stage 2
     prompts: tuple[str, ...] = ()  # none: the captions
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -156,6 +90,7 @@ class Session:
             stage=stage,
             in_latents=recipe.train.arm == "dmd2",
             decode=self.decode,
+            latents=self.latents,
             parts=recipe.train.gradient_accumulation_steps,
         )
         return Trainer(
@@ -206,19 +141,17 @@ def cropped(latents: Float[Tensor, "B C h w"], side: int) -> Float[Tensor, "B C 
     return torch.stack([z[:, top : top + h, left : left + w] for z, top, left in corners])
 
 
-def load_reward(name: str, teacher: Teacher) -> EmojiReward:
-    """A latent reward model for latents of `teacher`, by folder or as emoji-reward."""
-    folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
-    return emoji_reward.load(folder, teacher.process, teacher.pipeline.vae)
-
-
 def open_session(recipe: Recipe) -> Session:
     """Loads all that a run needs, so that what is missing is missed now, and builds what learns."""
     torch.manual_seed(recipe.train.seed)
-    prompts = tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
+    prompts = prompts_of(recipe)
     teacher = teacher_of(recipe)
     check_steps(teacher, recipe.method.student_timesteps)
-    source = open_source(recipe, teacher)
+    source, latents = open_source(recipe, teacher), None
+    if recipe.data.cache_latents:
+        source, latents = cache_latents(recipe, teacher, source)
+    if recipe.data.cache_text_embeddings:
+        cache_embeddings(recipe, teacher, known_prompts(source, prompts))
     generator, score = learning(recipe, teacher)
     if student := recipe.model.student_model_name_or_path:
         for learner in (generator, score):  # mu_psi estimates the student's score, whoever that is
@@ -256,6 +189,7 @@ def open_session(recipe: Recipe) -> Session:
         teacher,
         *networks,
         source=source,
+        latents=latents,
         student=generator.twin("average") if averages else generator,
         reward=reward,
         prompts=prompts,
@@ -311,19 +245,6 @@ def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
             f"method.student_timesteps: {e}; {teacher.folder} is a {teacher.family.kind} teacher, "
             f"whose four steps are {teacher.default_steps}"
         ) from e
-
-
-def open_source(recipe: Recipe, teacher: Teacher) -> Source:
-    """The real pictures: the embedded world's, or a folder's at the teacher's size."""
-    name = recipe.data.train_data_dir
-    if name != EMOJI:
-        return open_folder(Path(name), teacher.image_size, captions=not recipe.data.prompts)
-    if teacher.image_size != SIZE:
-        raise UserError(
-            f"data.train_data_dir=emoji has pictures of {SIZE} pixels and "
-            f"{teacher.folder} draws {teacher.image_size}; name a folder of pictures of your own"
-        )
-    return EmojiSource()
 
 
 def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser) -> nn.Module:

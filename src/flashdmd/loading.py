@@ -1,0 +1,86 @@
+"""Teachers, students and rewards by name, on the device and in the precision that a recipe says."""
+
+from pathlib import Path
+
+import torch
+
+from flashdmd import export
+from flashdmd.config import Recipe
+from flashdmd.emoji import reward as emoji_reward
+from flashdmd.emoji.reward import EmojiReward
+from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import UserError
+from flashdmd.models.teacher import Pipeline, Teacher, load_pipeline
+
+EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
+
+
+def load_teacher(name: str, device: str = "cpu") -> Teacher:
+    """A teacher or student by folder or hub id, or one of the embedded teachers by name."""
+    if name not in EMBEDDED:
+        return export.load_student(Path(name), device) or load_pipeline(Path(name), device)
+    folder = ASSETS / EMBEDDED[name]
+    if not folder.is_dir():
+        raise UserError(
+            f"{name} is not shipped with this version; make it with `flashdmd emoji teacher "
+            f"--family {EMBEDDED[name]}` and name the pipeline folder that this writes"
+        )
+    teacher = load_pipeline(folder)
+    teacher.folder = Path(name)  # what cards and reports call it
+    teacher.pipeline.to(device)
+    return teacher
+
+
+def teacher_of(recipe: Recipe) -> Teacher:
+    """The teacher that a recipe names, on the recipe's device and held as the recipe says."""
+    model = recipe.model
+    name = model.pretrained_model_name_or_path
+    device = device_of(recipe)
+    if name in EMBEDDED:
+        teacher = load_teacher(name, device)
+    elif export.notes_of(Path(name)):
+        raise UserError(
+            f"model.pretrained_model_name_or_path={name!r} is a few-step student; name its teacher "
+            "there, and the student as model.student_model_name_or_path"
+        )
+    else:
+        source = Pipeline(
+            name,
+            model.revision,
+            model.variant,
+            model.teacher_lora,
+            model.teacher_lora_scale,
+            model.pretrained_vae_model_name_or_path,
+            # copies that learn in float32 are taken before the rest is rounded
+            model.frozen_dtype if recipe.lora.rank else "fp32",
+        )
+        teacher = load_pipeline(source, device)
+    teacher.in_run = model.vae_precision == "run"
+    teacher.guidance = recipe.method.teacher_guidance_scale
+    teacher.resolution = checked_resolution(recipe, teacher)
+    return teacher
+
+
+def device_of(recipe: Recipe) -> str:
+    """Raises UserError for a device that is not there."""
+    asked, there = recipe.train.device, torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UserError("train.device=cuda: torch sees no CUDA device here; use auto or cpu")
+    return "cuda" if there and asked != "cpu" else "cpu"
+
+
+def checked_resolution(recipe: Recipe, teacher: Teacher) -> int:
+    """Raises UserError for pictures that the network cannot have patches of."""
+    asked, unit = recipe.data.resolution or 0, teacher.family.multiple(teacher.pipeline)
+    if asked % unit:
+        raise UserError(
+            f"data.resolution={asked} must be a multiple of {unit}, the pixels of a patch of this "
+            f"pipeline; {max(1, asked // unit) * unit} is one"
+        )
+    return asked
+
+
+def load_reward(name: str, teacher: Teacher) -> EmojiReward:
+    """A latent reward model for latents of `teacher`, by folder or as emoji-reward."""
+    folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
+    return emoji_reward.load(folder, teacher.process, teacher.pipeline.vae)

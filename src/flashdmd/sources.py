@@ -1,0 +1,133 @@
+"""What a run learns on: real pictures or the teacher's, and what is computed of them once."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from flashdmd.batches import EmojiSource, Source, as_tensor
+from flashdmd.cache import Embeddings, Latents, fingerprint
+from flashdmd.config import Recipe
+from flashdmd.data import PictureSource, TeacherSamples, open_data, read_prompts
+from flashdmd.drawing import Arm
+from flashdmd.emoji.world import SIZE
+from flashdmd.errors import UserError
+from flashdmd.models.teacher import Teacher
+from flashdmd.sampler import Cond
+
+EMOJI, OWN = "emoji", "teacher"  # as data.train_data_dir: the embedded world, the teacher's samples
+log = logging.getLogger(__name__)
+
+
+def prompts_of(recipe: Recipe) -> tuple[str, ...]:
+    """Those of data.prompts; none: the captions."""
+    return tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
+
+
+def cache_of(recipe: Recipe) -> Path:
+    return Path(recipe.data.cache_dir or Path(recipe.output_dir) / "cache")
+
+
+def open_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """The real pictures: the embedded world's, or at the teacher's size those of a folder, tars, a
+    data set; or the teacher's own samples.
+    """
+    data, name = recipe.data, recipe.data.train_data_dir
+    if name != EMOJI:
+        where = teacher_pool(recipe, teacher) if name == OWN else name
+        return open_data(
+            where,
+            teacher.image_size,
+            captions=not data.prompts,
+            multiple=teacher.family.multiple(teacher.pipeline)
+            if data.aspect_ratio_buckets
+            else None,
+            cache=cache_of(recipe),
+            image_column=data.image_column,
+            caption_column=data.caption_column,
+        )
+    if teacher.image_size != SIZE:
+        raise UserError(
+            f"data.train_data_dir=emoji has pictures of {SIZE} pixels and "
+            f"{teacher.folder} draws {teacher.image_size}; name a folder of pictures of your own, "
+            "or teacher for samples of the teacher"
+        )
+    return EmojiSource()
+
+
+def teacher_pool(recipe: Recipe, teacher: Teacher) -> Path:
+    """A folder of samples of the teacher for data.prompts, drawn once."""
+    prompts = prompts_of(recipe)
+    if not prompts:
+        raise UserError(
+            "data.train_data_dir=teacher draws the teacher's samples for prompts, and data.prompts "
+            "names none; give a .txt file with one prompt a line"
+        )
+    steps, scale = recipe.validation.teacher_steps, recipe.method.teacher_guidance_scale
+    arm = Arm(teacher, steps, scale)
+    said = f"{steps} {scale} {teacher.image_size}"
+    key = fingerprint(teacher.denoiser.network.state_dict(), said)
+    return TeacherSamples(
+        arm.draw, prompts, recipe.data.teacher_samples, key, recipe.train.seed, arm.at_once
+    ).make(cache_of(recipe))
+
+
+def known_prompts(source: Source, prompts: tuple[str, ...]) -> list[str]:
+    """Everything that a run will ask its encoders. Raises UserError for the embedded world, whose
+    captions are made as they are drawn.
+    """
+    if prompts:
+        return list(prompts)
+    if not isinstance(source, PictureSource):
+        raise UserError(
+            "data.cache_text_embeddings: the captions of the embedded world are made as they are "
+            "drawn; set it to false, or name prompts in data.prompts"
+        )
+    return [source.catalogue.caption(i) for i in range(len(source.catalogue))]
+
+
+def cached(
+    recipe: Recipe,
+    encoders: nn.Module | list[nn.Module],
+    encode: Callable[[list[str]], Cond],
+    prompts: list[str],
+    *said: str,
+) -> Embeddings:
+    """`encode` of these prompts, from the disk. `said`: settings that it depends on."""
+    modules = encoders if isinstance(encoders, list) else [encoders]
+    key = fingerprint(*(m.state_dict() for m in modules), *said)
+    kept = Embeddings(cache_of(recipe) / "embeddings", key)
+    kept.make(prompts, encode)
+    return kept
+
+
+def cache_embeddings(recipe: Recipe, teacher: Teacher, prompts: list[str]) -> None:
+    """Encodes all prompts once and lets the text encoders go."""
+    parts = teacher.pipeline.components.items()
+    encoders = [m for name, m in parts if name.startswith("text_encoder") and m is not None]
+    with torch.no_grad():
+        kept = cached(recipe, encoders, teacher.read, prompts, type(teacher.family).__name__)
+    teacher.words = kept
+    teacher.forget_encoders()
+
+
+def cache_latents(
+    recipe: Recipe, teacher: Teacher, source: Source
+) -> tuple[PictureSource, Latents]:
+    """Encodes all pictures once. Raises UserError where there is no end of them."""
+    if not isinstance(source, PictureSource):
+        raise UserError(
+            "data.cache_latents: the pictures of the embedded world are rendered when drawn; "
+            "set it to false"
+        )
+    vae = teacher.pipeline.vae
+    key = fingerprint(vae.state_dict(), str(dict(vae.config)))
+
+    def encode(pictures: np.ndarray) -> torch.Tensor:
+        return teacher.encode(as_tensor(pictures)).cpu()
+
+    kept = Latents(cache_of(recipe) / "latents", key)
+    return kept.make(source, encode), kept
