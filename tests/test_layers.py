@@ -22,8 +22,15 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
 ]
 CORE = ("schedule", "losses", "sampler", "algorithm", "baselines", "discriminator", "reward")
 MAY_USE = {
-    "diffusers": {"models/families.py", "models/reward_unet.py", "export.py", "emoji"},
-    "transformers": {"models/families.py", "emoji"},
+    "diffusers": {
+        "models/families.py",
+        "models/reward_unet.py",
+        "models/reward_mmdit.py",
+        "models/latent_reward.py",
+        "export.py",
+        "emoji",
+    },
+    "transformers": {"models/families.py", "models/latent_reward.py", "emoji"},
 }
 
 
