@@ -83,6 +83,23 @@ def train(
 
 
 @app.command()
+def reward(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as recipes/reward-sdxl.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+) -> None:
+    """Train a latent reward model on preferences; goes on where it was stopped."""
+    import json
+
+    from flashdmd import reward_fit
+
+    read = reward_fit.read(recipe, overrides or [])
+    typer.echo(json.dumps(reward_fit.fit_reward(read), indent=2))
+    typer.echo(f"Wrote {Path(read.output_dir) / 'reward'}")
+
+
+@app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A student or teacher folder, or emoji-score.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],

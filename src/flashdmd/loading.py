@@ -1,16 +1,19 @@
 """Teachers, students and rewards by name, on the device and in the precision that a recipe says."""
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
 from flashdmd import export
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
-from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
+from flashdmd.models import latent_reward
 from flashdmd.models.teacher import Pipeline, Teacher, load_pipeline
+from flashdmd.sampler import Cond
 
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 
@@ -80,7 +83,24 @@ def checked_resolution(recipe: Recipe, teacher: Teacher) -> int:
     return asked
 
 
-def load_reward(name: str, teacher: Teacher) -> EmojiReward:
-    """A latent reward model for latents of `teacher`, by folder or as emoji-reward."""
+@runtime_checkable
+class RewardModel(Protocol):
+    """What stage 2 asks: how well latents go with prompts, at their own noise level."""
+
+    network: nn.Module
+
+    def encode_prompts(self, prompts: list[str]) -> Cond: ...
+
+    def __call__(self, z_t: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+
+
+def load_reward(name: str, teacher: Teacher) -> RewardModel:
+    """A latent reward model for latents of `teacher`: a folder of `flashdmd reward`, one of
+    `flashdmd emoji reward`, or emoji-reward.
+    """
     folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
-    return emoji_reward.load(folder, teacher.process, teacher.pipeline.vae)
+    vae = teacher.pipeline.vae
+    if not latent_reward.is_one(folder):
+        return emoji_reward.load(folder, teacher.process, vae)
+    reward = latent_reward.load(folder, teacher.process, vae, encoders_of=teacher.pipeline)
+    return reward.to(teacher.device)

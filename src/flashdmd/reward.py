@@ -18,32 +18,35 @@ from flashdmd.schedule import STEPS, Process, VariancePreserving
 LOGIT_SCALE = 2.6592  # ln 14.3, where CLIP and LPO start
 GUIDANCE = 7.5  # of the visual feature enhancement (LPO)
 
-Trunk = Callable[[Tensor, Tensor, Tensor], list[Tensor]]  # (x_t, t, tokens) -> maps, middle last
+Trunk = Callable[..., list[Tensor]]  # (x_t, t, tokens[, pooled]) -> maps, middle last
 
 
 class LatentReward(nn.Module):
     """score = exp(logit_scale) cos(V, T), V of the latent and T of the prompt.
 
-    `cond` holds the prompt's `tokens` (B, L, D), its `pooled` feature (B, D), and both of the empty
-    prompt, `no_tokens`. It scores latents of any process, see `as_trained`.
+    `cond` holds the prompt's `tokens` (B, L, D), its `pooled` feature (B, D), and of the empty
+    prompt what the trunk is fed: `no_tokens`, and `no_pooled` for one that asks for both. It scores
+    latents of any process, see `as_trained`.
     """
 
     def __init__(self, trunk: nn.Module, channels: int, middle: int, text: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.visual = nn.Linear(channels, text, bias=False)
-        self.text = nn.Linear(text, text, bias=False)
+        projection = nn.Linear(text, text, bias=False)
         nn.init.normal_(self.visual.weight, std=0.02)
-        nn.init.eye_(self.text.weight)
+        nn.init.eye_(projection.weight)
+        self.text: nn.Module = projection  # or nn.Identity, of a feature that is projected already
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.middle = middle
 
     def forward(
         self, x_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond
     ) -> Float[Tensor, "B"]:
-        """The score at a variance-preserving x_t, the process that the trunk was trained in."""
-        with_text = self.averages(x_t, t, cond["tokens"])
-        without = self.averages(x_t, t, cond["no_tokens"])
+        """The score at an x_t of the process that the trunk was trained in."""
+        fed = [name for name in ("tokens", "pooled") if f"no_{name}" in cond]
+        with_text = self.averages(x_t, t, *(cond[name] for name in fed))
+        without = self.averages(x_t, t, *(cond[f"no_{name}"] for name in fed))
         middle = without[:, -self.middle :] + GUIDANCE * (
             with_text[:, -self.middle :] - without[:, -self.middle :]
         )
@@ -51,8 +54,8 @@ class LatentReward(nn.Module):
         v, words = self.visual(seen), self.text(cond["pooled"])
         return self.logit_scale.exp() * F.cosine_similarity(v.float(), words.float(), dim=1)
 
-    def averages(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return torch.cat([m.mean((2, 3)) for m in self.trunk(x_t, t, tokens)], dim=1)
+    def averages(self, x_t: Tensor, t: Tensor, *words: Tensor) -> Tensor:
+        return torch.cat([m.mean((2, 3)) for m in self.trunk(x_t, t, *words)], dim=1)
 
 
 def as_trained(
@@ -73,14 +76,18 @@ def as_trained(
 
 
 def pair_loss(
-    win: Float[Tensor, "B"], lose: Float[Tensor, "B"], ties: Float[Tensor, "B"] | None = None
+    win: Float[Tensor, "B"],
+    lose: Float[Tensor, "B"],
+    ties: Float[Tensor, "B"] | None = None,
+    weights: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Two-way cross-entropy with soft labels; where `ties` is 1 either order is as good.
 
-    A tie's least loss, ln 2, is taken off, so that the loss of a perfect reward is 0 (LPO).
+    A tie's least loss, ln 2, is taken off, so that the loss of a perfect reward is 0. `weights` are
+    shares of the examples, adding to 1; none: equal ones (LPO).
     """
-    logs = F.logsigmoid(win - lose), F.logsigmoid(lose - win)
-    if ties is None:
-        return -logs[0].mean()
+    ties = torch.zeros_like(win) if ties is None else ties
     label = 1 - ties / 2
-    return (-label * logs[0] - (1 - label) * logs[1] - ties * math.log(2)).mean()
+    each = -label * F.logsigmoid(win - lose) - (1 - label) * F.logsigmoid(lose - win)
+    each = each - ties * math.log(2)
+    return each.mean() if weights is None else (weights * each).sum()

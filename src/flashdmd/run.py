@@ -17,14 +17,13 @@ from flashdmd import checkpoint, config, export
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
-from flashdmd.emoji.reward import EmojiReward
 from flashdmd.emoji.teacher import SHOWN
 from flashdmd.emoji.world import ASSETS, Split
 from flashdmd.errors import UserError
 from flashdmd.evaluate.own import LEAST, OwnBench
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
 from flashdmd.files import alone_in, write_text
-from flashdmd.loading import device_of, load_reward, load_teacher, teacher_of
+from flashdmd.loading import RewardModel, device_of, load_reward, load_teacher, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
@@ -307,7 +306,7 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
     return OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures)
 
 
-def scorer(reward: EmojiReward, teacher: Teacher) -> Score:
+def scorer(reward: RewardModel, teacher: Teacher) -> Score:
     """The trained-against reward of finished pictures: of their latents, at the lowest noise."""
 
     @torch.no_grad()

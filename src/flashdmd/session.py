@@ -18,10 +18,9 @@ from flashdmd.batches import Batches, Source
 from flashdmd.cache import Latents
 from flashdmd.config import Recipe
 from flashdmd.discriminator import Discriminator, FeatureHead
-from flashdmd.emoji.reward import EmojiReward
 from flashdmd.errors import FULL, Interrupted, UserError
 from flashdmd.files import cut_torn_line, stoppable, write_text
-from flashdmd.loading import load_reward, teacher_of
+from flashdmd.loading import RewardModel, load_reward, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
 from flashdmd.models.teacher import Teacher
@@ -46,7 +45,7 @@ class Session:
     source: Source  # real pictures and their captions
     student: NetworkDenoiser  # what a stage leaves: the generator, averaged unless ema_decay is 0
     latents: Latents | None = None  # of the real pictures, where they were encoded before
-    reward: EmojiReward | None = None  # of stage 2
+    reward: RewardModel | None = None  # of stage 2
     prompts: tuple[str, ...] = ()  # none: the captions
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     start: State = field(default_factory=State)  # what the next stage takes over
