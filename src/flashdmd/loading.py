@@ -87,7 +87,8 @@ def checked_resolution(recipe: Recipe, teacher: Teacher) -> int:
 class RewardModel(Protocol):
     """What stage 2 asks: how well latents go with prompts, at their own noise level."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module: ...
 
     def encode_prompts(self, prompts: list[str]) -> Cond: ...
 
