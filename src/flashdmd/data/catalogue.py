@@ -89,7 +89,7 @@ def check(listing: Listing, cache: Path | None = None) -> Catalogue:
                 "%s: of %d pictures that were decoded %d are broken; now all are decoded",
                 *(listing.where, decoded, len(sample & broken.keys())),
             )
-            rest = [i for i in unknown if i not in sample and i not in broken]
+            rest = [i for i in unknown if i not in sample]
             broken, decoded = broken | look(listing, rest, set(rest), sizes), len(entries)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
