@@ -136,11 +136,15 @@ def test_time_ids_are_of_the_scaled_picture() -> None:
     ]
 
 
-def test_small_pictures_are_scaled_up_and_counted(tmp_path: Path) -> None:
+def test_small_pictures_are_scaled_up_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = open_data(folder(tmp_path / "x", square=2, small=3), 32)
     assert source.report.upscaled == 3
-    assert "3 smaller than they are wanted" in str(source.report)
+    assert "5 of 5 pictures are used; 3 smaller than they are wanted" in caplog.text
+    caplog.clear()
     assert open_data(tmp_path / "x", 16).report.upscaled == 0
+    assert not caplog.records
 
 
 def test_what_fails_while_training_is_replaced(

@@ -101,8 +101,6 @@ def check(listing: Listing, cache: Path | None = None) -> Catalogue:
     )
     check_share(used)
     told = report(used, min(decoded, len(whole)))
-    if used.left_out or used.duplicates:
-        log.warning("%s", told)
     if used.left_out:
         log.warning("left out of %s: %s", listing.where, names(used.left_out))
     shapes = np.array([sizes[i] for i in whole], dtype=np.int64).reshape(-1, 2)
