@@ -162,6 +162,14 @@ def test_every_type_has_a_fingerprint(dtype: torch.dtype) -> None:
     assert scalar != fingerprint({"a": tensors[0][:1, 0]})
 
 
+def test_the_same_bytes_of_another_type_or_order_are_others() -> None:
+    ones = [torch.ones(3, dtype=dtype) for dtype in (torch.int8, torch.uint8, torch.bool)]
+    assert len({fingerprint({"a": one}) for one in ones}) == 3
+    many = torch.arange(10_000.0)
+    turned = torch.cat([many[:5000], many[5000:].flip(0)])  # of the same sum
+    assert fingerprint({"a": many}) != fingerprint({"a": turned})
+
+
 class Pictures:
     """A teacher's own VAE, counted."""
 

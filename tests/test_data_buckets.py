@@ -136,24 +136,28 @@ def test_time_ids_are_of_the_scaled_picture() -> None:
     ]
 
 
-def test_small_pictures_are_scaled_up_and_counted(tmp_path: Path) -> None:
+def test_small_pictures_are_scaled_up_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = open_data(folder(tmp_path / "x", square=2, small=3), 32)
     assert source.report.upscaled == 3
-    assert "3 smaller than they are wanted" in str(source.report)
+    assert "5 of 5 pictures are used; 3 smaller than they are wanted" in caplog.text
+    caplog.clear()
     assert open_data(tmp_path / "x", 16).report.upscaled == 0
+    assert not caplog.records
 
 
 def test_what_fails_while_training_is_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = folder(tmp_path / "x", square=300, tall=1)
+    path = folder(tmp_path / "x", square=480, tall=40)
     source = open_data(path, 32, multiple=8)
-    whole = draws(source, 150, 8)
-    for i in range(8):
+    whole = draws(source, 100, 16)
+    for i in range(9):
         (path / f"square{i}.png").unlink()
-    gone = [i for i in range(301) if not (path / source.catalogue.name(i)).exists()]
+    gone = [i for i in range(520) if not (path / source.catalogue.name(i)).exists()]
     caplog.clear()
-    first, again = draws(source, 150, 8), draws(source, 150, 8)
+    first, again = draws(source, 100, 16), draws(source, 100, 16)
     assert any(set(gone) & set(drawn.indices.tolist()) for drawn in whole)
     for before, now, then in zip(whole, first, again, strict=True):
         kept = ~np.isin(before.indices, gone)
@@ -161,14 +165,15 @@ def test_what_fails_while_training_is_replaced(
         assert np.array_equal(before.pictures[kept], now.pictures[kept])
         assert not set(gone) & set(now.indices.tolist())
         assert now.shape == before.shape
+        assert len(set(now.captions)) == 1  # of the same bucket
         assert now.captions == [source.catalogue.caption(i) for i in now.indices.tolist()]
         assert np.array_equal(now.pictures, then.pictures)
     for i in source.failed:
         assert caplog.text.count(f"{source.catalogue.name(i)} of ") == 1
     assert set(source.failed) <= set(gone)
     loud = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-    assert len(source.failed) == 8
-    assert [text.partition(" ")[0] for text in loud] == ["4", "8"]  # beyond 3.01, and doubled
+    assert len(source.failed) == 9
+    assert [text.partition(" ")[0] for text in loud] == ["6", "8"]  # beyond 5.2, and doubled
 
 
 def test_the_only_picture_of_a_bucket_may_vanish(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from flashdmd.data import open_data, open_pictures
 from flashdmd.errors import UserError
 
+datasets = pytest.importorskip("datasets")  # an extra
 datasets.disable_progress_bars()
 
 
@@ -21,7 +21,7 @@ def picture(i: int) -> bytes:
     return stream.getvalue()
 
 
-def table(n: int = 3, broken: int = 0, mute: int = 0, **columns: str) -> datasets.Dataset:
+def table(n: int = 3, broken: int = 0, mute: int = 0, **columns: str):
     """Pictures of red i and captions "i"."""
     image, text = columns.get("image", "image"), columns.get("text", "text")
     images = [{"bytes": picture(i) if i >= broken else b"no picture"} for i in range(n)]

@@ -126,12 +126,6 @@ def link(name: str, to: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
     return info
 
 
-def device(name: str) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type = tarfile.CHRTYPE
-    return info
-
-
 @pytest.mark.parametrize(
     "member",
     [
@@ -141,7 +135,8 @@ def device(name: str) -> tarfile.TarInfo:
         "../.out.png",
         link("out.png", "/etc/passwd"),
         link("out.png", "0000.png", tarfile.LNKTYPE),
-        device("out.png"),
+        link("out.png", "", tarfile.CHRTYPE),
+        link("out.png", "", tarfile.GNUTYPE_SPARSE),
     ],
     ids=[
         "parent",
@@ -151,6 +146,7 @@ def device(name: str) -> tarfile.TarInfo:
         "symbolic link",
         "hard link",
         "device",
+        "with holes",
     ],
 )
 def test_nothing_outside_is_read_or_written(

@@ -89,7 +89,7 @@ def check(listing: Listing, cache: Path | None = None) -> Catalogue:
                 "%s: of %d pictures that were decoded %d are broken; now all are decoded",
                 *(listing.where, decoded, len(sample & broken.keys())),
             )
-            rest = [i for i in unknown if i not in sample and i not in broken]
+            rest = [i for i in unknown if i not in sample]
             broken, decoded = broken | look(listing, rest, set(rest), sizes), len(entries)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,6 @@ def check(listing: Listing, cache: Path | None = None) -> Catalogue:
     )
     check_share(used)
     told = report(used, min(decoded, len(whole)))
-    if used.left_out or used.duplicates:
-        log.warning("%s", told)
     if used.left_out:
         log.warning("left out of %s: %s", listing.where, names(used.left_out))
     shapes = np.array([sizes[i] for i in whole], dtype=np.int64).reshape(-1, 2)

@@ -79,6 +79,11 @@ class Report:
     unlisted: int = 0
     upscaled: int = 0
 
+    @property
+    def tells(self) -> bool:
+        """Whether there is more to tell than that all pictures are used as they are."""
+        return self.used < self.total or any((self.duplicates, self.unlisted, self.upscaled))
+
     def __str__(self) -> str:
         counts = [
             (self.broken, BROKEN),

@@ -1,5 +1,6 @@
 """From a name to pictures: which of the formats it is, and all of it looked at."""
 
+import logging
 from pathlib import Path
 
 from flashdmd.data import folder, rows, tars
@@ -9,6 +10,8 @@ from flashdmd.data.listing import Listing
 from flashdmd.data.pictures import PICTURES
 from flashdmd.data.source import PictureSource
 from flashdmd.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def open_data(
@@ -22,13 +25,16 @@ def open_data(
     caption_column: str | None = None,
 ) -> PictureSource:
     """Pictures in squares of `resolution` pixels, or in shapes of that area whose sides are
-    multiples of `multiple`. The rest is as in `open_pictures`.
+    multiples of `multiple`. What became of them is logged, a warning where not all are used as
+    they are. The rest is as in `open_pictures`.
     """
     catalogue = open_pictures(
         where, captions, cache=cache, image_column=image_column, caption_column=caption_column
     )
     square = ((resolution, resolution),)
-    return PictureSource(catalogue, buckets_of(resolution, multiple) if multiple else square)
+    source = PictureSource(catalogue, buckets_of(resolution, multiple) if multiple else square)
+    log.log(logging.WARNING if source.report.tells else logging.INFO, "%s", source.report)
+    return source
 
 
 def open_folder(folder: Path, size: int, captions: bool = True) -> PictureSource:
