@@ -129,7 +129,7 @@ def check_plain_call(teacher: Teacher, steps: tuple[int, ...], tmp_path: Path) -
         for p in student.parameters():
             p.add_(0.02 * torch.randn_like(p))
     method = Method(**split(steps))
-    folder = export.write_student(teacher, student, method, tmp_path / "student", "card")
+    folder = export.write_student(teacher, student, method, tmp_path / "student")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     noise = teacher.noise(2, 7)

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"trainer", "preferences"},
     {"batches", "export", "report", "drawing", "reward_fit"},
     {"loading", "sources"},
-    {"session", "initial"},
+    {"session", "initial", "publish"},
     {"run"},
     {"compare"},
     {"cli", "__main__"},

@@ -217,7 +217,7 @@ def check_written(run: Session, tmp_path: Path) -> None:
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    written = export.write_student(run.teacher, student, method, tmp_path / "student", "card")
+    written = export.write_student(run.teacher, student, method, tmp_path / "student")
     loaded = load_teacher(str(written))
     expected = student(*asked(run.teacher))
     torch.testing.assert_close(loaded.denoiser(*asked(loaded)), expected, atol=1e-5, rtol=1e-4)

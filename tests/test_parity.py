@@ -92,7 +92,7 @@ def test_a_student_is_called_plainly(teacher: Teacher, tmp_path: Path) -> None:
             p.add_(0.02 * torch.randn_like(p))
     steps, guidance = teacher.default_steps, 3.0
     method = Method(**split(steps), teacher_guidance_scale=guidance)
-    folder = export.write_student(teacher, student, method, tmp_path / "student", "card")
+    folder = export.write_student(teacher, student, method, tmp_path / "student")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     noise, family = teacher.noise(2, 7), teacher.family

@@ -117,6 +117,25 @@ def sample(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a run, or a student's folder.")],
+    output: Annotated[Path, typer.Option(help="A folder, or a file that ends in .safetensors.")],
+    format: Annotated[
+        str, typer.Option(help="diffusers, lora, comfyui or single-file.")
+    ] = "diffusers",
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = (
+        "fp32"
+    ),
+    rank: Annotated[int, typer.Option(min=1, help="Of a LoRA of a full fine-tuning.")] = 64,
+) -> None:
+    """Write a student for stock diffusers or for ComfyUI."""
+    from flashdmd import publish
+
+    written, lost = publish.export_run(run, format, output, dtype, rank)  # type: ignore[arg-type]
+    typer.echo(f"Wrote {written}" + (f"; {lost}" if lost else ""))
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...")],
     output: Annotated[Path, typer.Option(help="A file, replaced if it is there.")] = Path(

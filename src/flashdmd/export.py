@@ -1,5 +1,6 @@
 """The student as a stock diffusers pipeline folder: the plain call runs the trained steps."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from flashdmd import checkpoint
 from flashdmd.algorithm import Method
@@ -16,10 +17,11 @@ from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.denoiser import AdapterDenoiser, NetworkDenoiser
 from flashdmd.models.families.silent import silent_t5
-from flashdmd.models.teacher import Pipeline, Teacher, fuse, load_pipeline
+from flashdmd.models.lora_keys import FILE_NAME as LORA
+from flashdmd.models.lora_keys import to_diffusers
+from flashdmd.models.teacher import Teacher
 
 NOTES = "flashdmd.json"  # beside the weights: how they are used, for `flashdmd sample`
-LORA = "pytorch_lora_weights.safetensors"
 NEAR = 0.5  # of a network time: as near to its steps as the plain call has to take a student
 
 
@@ -39,35 +41,41 @@ def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
     return scheduler
 
 
+def notes_for(teacher: Teacher, student: NetworkDenoiser, method: Method, averaged: int) -> Notes:
+    source = None if teacher.source is None else vars(teacher.source)
+    rank = student.adapter.rank if isinstance(student, AdapterDenoiser) else 0
+    steps, guidance = method.student_timesteps, method.teacher_guidance_scale
+    return Notes(steps, guidance, averaged, source, rank, teacher.resolution)
+
+
 def write_student(
     teacher: Teacher,
     student: NetworkDenoiser,
     method: Method,
     folder: Path,
-    card: str,
+    note: str = "",
     averaged: int = 0,
 ) -> Path:
     """Writes `folder` whole or not at all: the teacher's pipeline with the student's network, or
     with LoRA the adapter alone, which `load_lora_weights` reads.
 
-    `card` becomes README.md; `averaged` are the updates in the weights, where a run from this
+    `note` goes into its card; `averaged` are the updates in the weights, where a run from this
     student counts on. The weights are float32 as trained.
     """
-    notes: dict[str, Any] = {
-        "student_timesteps": method.student_timesteps,
-        "teacher_guidance_scale": method.teacher_guidance_scale,
-        "averaged_updates": averaged,
-    }
+    notes = notes_for(teacher, student, method, averaged)
     with replace_folder(folder) as beside:
         if isinstance(student, AdapterDenoiser):
-            notes |= {"base": vars(teacher.source), "rank": student.adapter.rank}
-            notes |= {"alpha": student.adapter.alpha, "resolution": teacher.resolution}
-            save_file(lora_weights(student), beside / LORA)
+            adapter = student.adapter
+            file = to_diffusers(
+                student.state_dict(), student.family.network, adapter.alpha / adapter.rank
+            )
+            save_file(file.tensors, beside / LORA, metadata=file.metadata)
         else:
             whole(teacher, student.network, method.student_timesteps).save_pretrained(beside)
             forget_origins(beside)
-        (beside / "README.md").write_text(card, "utf-8")
-        (beside / NOTES).write_text(json.dumps(notes, indent=2))
+        lora = LORA if notes.rank else ""
+        (beside / "README.md").write_text(model_card(folder.name, teacher, notes, note, lora))
+        notes.write(beside)
     return folder
 
 
@@ -92,15 +100,6 @@ def whole(teacher: Teacher, network: nn.Module, steps: tuple[int, ...]) -> Any:
     parts["scheduler"] = scheduler_for(teacher, steps)
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     return type(teacher.pipeline)(**parts, **extra)
-
-
-def lora_weights(student: AdapterDenoiser) -> dict[str, Tensor]:
-    """An adapter by the names that diffusers loads, its scale in B: alpha is the rank."""
-    scale = student.adapter.alpha / student.adapter.rank
-    return {
-        f"{student.family.network}.{name}": (p * scale if ".lora_B." in name else p).contiguous()
-        for name, p in student.state_dict().items()
-    }
 
 
 def read_student(student: NetworkDenoiser, folder: Path) -> None:
@@ -128,27 +127,27 @@ def read_student(student: NetworkDenoiser, folder: Path) -> None:
         ) from e
 
 
-def load_student(folder: Path, device: str = "cpu") -> Teacher | None:
-    """A student that is a LoRA, on its base, ready to draw; None for anything else."""
-    notes = notes_of(folder)
-    if notes is None or notes.base is None:
-        return None
-    teacher = load_pipeline(Pipeline(**notes.base), device)
-    fuse(teacher.pipeline, str(folder), 1.0)
-    teacher.pipeline.scheduler = scheduler_for(teacher, notes.steps)
-    teacher.resolution = notes.resolution
-    return teacher
-
-
 @dataclass(frozen=True)
 class Notes:
     """What a student folder says of itself beside its weights."""
 
     steps: tuple[int, ...]
     guidance: float  # of the teacher that it was distilled from
-    averaged: int
-    base: dict[str, Any] | None = None  # of a LoRA: the pipeline that it belongs to
-    resolution: int = 0
+    averaged: int = 0  # updates in the weights
+    teacher: dict[str, Any] | None = None  # where the teacher was loaded from
+    rank: int = 0  # of a LoRA; 0: the whole pipeline is there
+    resolution: int = 0  # pixels across; 0: what the network was made for
+
+    def write(self, folder: Path) -> None:
+        said = {
+            "student_timesteps": self.steps,
+            "teacher_guidance_scale": self.guidance,
+            "averaged_updates": self.averaged,
+            "teacher": self.teacher,
+            "lora_rank": self.rank,
+            "resolution": self.resolution,
+        }
+        (folder / NOTES).write_text(json.dumps(said, indent=2))
 
 
 def notes_of(folder: Path) -> Notes | None:
@@ -158,13 +157,12 @@ def notes_of(folder: Path) -> Notes | None:
         return None
     try:
         said = json.loads(path.read_text("utf-8"))
-        steps = tuple(int(t) for t in said["student_timesteps"])
-        guidance = float(said["teacher_guidance_scale"])
         return Notes(
-            steps,
-            guidance,
+            tuple(int(t) for t in said["student_timesteps"]),
+            float(said["teacher_guidance_scale"]),
             int(said.get("averaged_updates", 0)),
-            said.get("base"),
+            dict(said["teacher"]) if said.get("teacher") else None,
+            int(said.get("lora_rank", 0)),
             int(said.get("resolution", 0)),
         )
     except (ValueError, KeyError, TypeError) as e:
@@ -177,41 +175,64 @@ def trained_steps(folder: Path) -> tuple[int, ...] | None:
     return notes.steps if notes else None
 
 
-def model_card(name: str, teacher: Teacher, method: Method, guidance_note: str) -> str:
-    """README.md of a student: how to call it, what it was trained from, what it cannot do."""
-    steps = method.student_timesteps
-    comfy = (
-        "sampler `lcm`, scheduler `simple`, cfg 1"
-        if teacher.family.kind == "score"
-        else "sampler `lcm`, scheduler `simple`, cfg 1, ModelSamplingSD3 shift 1"
-    )
+def model_card(name: str, teacher: Teacher, notes: Notes, note: str, lora: str = "") -> str:
+    """README.md of a student: how to call it, what it was trained from, what it cannot do.
+
+    `lora` is the file of a student that is a LoRA on the teacher.
+    """
+    steps, base = notes.steps, teacher.folder
+    guidance = plain_guidance(teacher, notes.guidance)
+    call = f'pipe("your prompt", num_inference_steps={len(steps)}, guidance_scale={guidance:g})'
+    swap = teacher.family.scheduler(teacher.pipeline, steps)
+    changed = {k: v for k, v in swap.config.items() if not k.startswith("_") and differs(swap, k)}
+    shift = comfy_shift(teacher, steps)
+    load = f'pipe = DiffusionPipeline.from_pretrained("{base if lora else name}")'
+    if lora:
+        load += (
+            f'\npipe.load_lora_weights("{name}", weight_name="{lora}")\n'
+            f"pipe.scheduler = {type(swap).__name__}.from_config(\n"
+            f"    pipe.scheduler.config, **{changed!r}\n)"
+        )
+    names = f"DiffusionPipeline, {type(swap).__name__}" if lora else "DiffusionPipeline"
     return f"""---
-base_model: {teacher.folder.name}
+base_model: {base.name if base.is_absolute() else base}
 license: other
 library_name: diffusers
 tags:
 - text-to-image
 - diffusers
 - distillation
-- flash-dmd
+- flash-dmd{chr(10) + "- lora" if lora else ""}
 ---
 
 # {name}
 
-A {len(steps)}-step student of `{teacher.folder.name}`, distilled with FlashDMD.
+A {len(steps)}-step student of `{base.name}`, distilled with FlashDMD.
 
 ```python
-from diffusers import DiffusionPipeline
+from diffusers import {names}
 
-pipe = DiffusionPipeline.from_pretrained("{name}")
-image = pipe("your prompt", num_inference_steps={len(steps)}, guidance_scale=0).images[0]
+{load}
+image = {call}.images[0]
 ```
 
-Guidance is part of the weights: leave `guidance_scale` at 0; negative prompts have no effect.
-{guidance_note}
+Guidance is part of the weights: leave `guidance_scale` at {guidance:g}; negative prompts have no
+effect. {note}
 
 - Trained steps (network times): {", ".join(map(str, steps))}; others are off the trained grid.
-- ComfyUI: {comfy}, {len(steps)} steps.
-- Teacher guidance while distilling: {method.teacher_guidance_scale}.
+- ComfyUI: sampler `lcm`, scheduler `simple`, cfg 1, {len(steps)} steps{shift}.
+- Teacher guidance while distilling: {notes.guidance}.
 - The licence of the base model applies.
 """
+
+
+def differs(scheduler: Any, key: str) -> bool:
+    """Whether a setting of a scheduler is another than its class has by default."""
+    default = inspect.signature(type(scheduler).__init__).parameters.get(key)
+    return default is not None and default.default != scheduler.config[key]
+
+
+def comfy_shift(teacher: Teacher, steps: tuple[int, ...]) -> str:
+    if teacher.family.kind == "score":
+        return ""
+    return f", shift {teacher.family.fitting_shift(steps):g} (ModelSamplingSD3, ModelSamplingFlux)"

@@ -12,7 +12,7 @@ from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.models import latent_reward
-from flashdmd.models.teacher import Pipeline, Teacher, load_pipeline
+from flashdmd.models.teacher import Pipeline, Teacher, fuse, load_pipeline
 from flashdmd.sampler import Cond
 
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
@@ -21,7 +21,7 @@ EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 def load_teacher(name: str, device: str = "cpu") -> Teacher:
     """A teacher or student by folder or hub id, or one of the embedded teachers by name."""
     if name not in EMBEDDED:
-        return export.load_student(Path(name), device) or load_pipeline(Path(name), device)
+        return load_lora(Path(name), device) or load_pipeline(Path(name), device)
     folder = ASSETS / EMBEDDED[name]
     if not folder.is_dir():
         raise UserError(
@@ -29,9 +29,25 @@ def load_teacher(name: str, device: str = "cpu") -> Teacher:
             f"--family {EMBEDDED[name]}` and name the pipeline folder that this writes"
         )
     teacher = load_pipeline(folder)
-    teacher.folder = Path(name)  # what cards and reports call it
+    teacher.folder, teacher.source = Path(name), Pipeline(name)  # what cards and reports call it
     teacher.pipeline.to(device)
     return teacher
+
+
+def load_lora(folder: Path, device: str = "cpu") -> Teacher | None:
+    """A student that is a LoRA, on its base, ready to draw; None for anything else."""
+    notes = export.notes_of(folder)
+    if notes is None or not notes.rank:
+        return None
+    if notes.teacher is None:
+        raise UserError(f"{folder} is a LoRA and does not say of which model")
+    source = Pipeline(**notes.teacher)
+    embedded = source.name in EMBEDDED
+    student = load_teacher(source.name, device) if embedded else load_pipeline(source, device)
+    fuse(student.pipeline, str(folder), 1.0)
+    student.pipeline.scheduler = export.scheduler_for(student, notes.steps)
+    student.resolution = notes.resolution
+    return student
 
 
 def teacher_of(recipe: Recipe) -> Teacher:

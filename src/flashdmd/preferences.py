@@ -23,7 +23,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from flashdmd.data import MOST_BROKEN, TELL_AFTER, read_text, record
+from flashdmd.data.listing import MOST_LEFT_OUT as MOST_BROKEN
+from flashdmd.data.listing import TELL_AFTER
+from flashdmd.data.prompts import read_text, record
 from flashdmd.errors import UserError
 from flashdmd.files import digest
 from flashdmd.seeds import seed_of
@@ -253,7 +255,9 @@ def refuse_rows(path: Path, wrong: np.ndarray, labels: np.ndarray, what: str) ->
 def from_lines(path: Path) -> tuple[Columns, Callable[[int], tuple[Raw, Raw]]]:
     """The objects of a .jsonl; pictures are named by paths inside its folder."""
     lines = read_text(path, "the list of pairs", "make it readable").split("\n")
-    found = [(i, record(path, i, line)) for i, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        (i, record(line, f"{path}, line {i}")) for i, line in enumerate(lines, 1) if line.strip()
+    ]
     if not found:
         raise UserError(f"{path} holds no pairs; write an object with caption, label_0, ... a line")
     paths = []
@@ -283,7 +287,7 @@ def read_gaps(path: Path) -> Columns:
     text = read_text(path, "the file of score gaps", "give a .csv or a .jsonl")
     if path.suffix == ".jsonl":
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return by_name([record(path, i, line) for i, line in lines])
+        return by_name([record(line, f"{path}, line {i}") for i, line in lines])
     try:
         rows = list(csv.DictReader(io.StringIO(text), strict=True))
         columns = {

@@ -200,10 +200,9 @@ def write_student(session: Session, trainer: Trainer, name: str) -> Path:
         unit = "preference" if trainer.stage == "rl" else "generator"
         note += f" Then refined (stage 2, {trainer.stage}) for "
         note += f"{made.updates.get(unit, 0)} {unit} updates."
-    card = export.model_card(name, teacher, recipe.method, note)
     folder = session.output / name
     return export.write_student(
-        teacher, session.student, recipe.method, folder, card, trainer.averaged
+        teacher, session.student, recipe.method, folder, note, trainer.averaged
     )
 
 

@@ -23,9 +23,10 @@ class StableDiffusion(Family):
     kind: ClassVar[Literal["score", "flow"]] = "score"
     network = "unet"
     guidance = 1.75  # DMD2's for SD 1.5
-    lora_layers = (  # DMD2's for SDXL, but for the time embeddings, which ComfyUI does not match
+    lora_layers = (  # DMD2's for SDXL
         *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+        "conv1", "conv2", "conv_shortcut", "time_emb_proj",
+        "downsamplers.0.conv", "upsamplers.0.conv",
     )  # fmt: skip
 
     def process(self, pipeline: Any) -> Process:
