@@ -25,6 +25,48 @@ NOTES = "flashdmd.json"  # beside the weights: how they are used, for `flashdmd 
 NEAR = 0.5  # of a network time: as near to its steps as the plain call has to take a student
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What a student folder says of itself beside its weights."""
+
+    steps: tuple[int, ...]
+    guidance: float  # of the teacher that it was distilled from
+    averaged: int = 0  # updates in the weights
+    teacher: dict[str, Any] | None = None  # where the teacher was loaded from
+    rank: int = 0  # of a LoRA; 0: the whole pipeline is there
+    resolution: int = 0  # pixels across; 0: what the network was made for
+
+    def write(self, folder: Path) -> None:
+        said = {
+            "student_timesteps": self.steps,
+            "teacher_guidance_scale": self.guidance,
+            "averaged_updates": self.averaged,
+            "teacher": self.teacher,
+            "lora_rank": self.rank,
+            "resolution": self.resolution,
+        }
+        (folder / NOTES).write_text(json.dumps(said, indent=2))
+
+
+def notes_of(folder: Path) -> Notes | None:
+    """The notes of a student; None for any other pipeline. Raises UserError for broken ones."""
+    path = folder / NOTES
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        return Notes(
+            tuple(int(t) for t in said["student_timesteps"]),
+            float(said["teacher_guidance_scale"]),
+            int(said.get("averaged_updates", 0)),
+            dict(said["teacher"]) if said.get("teacher") else None,
+            int(said.get("lora_rank", 0)),
+            int(said.get("resolution", 0)),
+        )
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} cannot be read as a student's notes: {e!r}") from e
+
+
 def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
     """A diffusers scheduler with which the pipeline's plain call walks `steps`.
 
@@ -125,48 +167,6 @@ def read_student(student: NetworkDenoiser, folder: Path) -> None:
             f"{path} cannot be read as a LoRA of this run ({e}); give one of the same teacher, "
             "lora.rank and lora.lora_layers"
         ) from e
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What a student folder says of itself beside its weights."""
-
-    steps: tuple[int, ...]
-    guidance: float  # of the teacher that it was distilled from
-    averaged: int = 0  # updates in the weights
-    teacher: dict[str, Any] | None = None  # where the teacher was loaded from
-    rank: int = 0  # of a LoRA; 0: the whole pipeline is there
-    resolution: int = 0  # pixels across; 0: what the network was made for
-
-    def write(self, folder: Path) -> None:
-        said = {
-            "student_timesteps": self.steps,
-            "teacher_guidance_scale": self.guidance,
-            "averaged_updates": self.averaged,
-            "teacher": self.teacher,
-            "lora_rank": self.rank,
-            "resolution": self.resolution,
-        }
-        (folder / NOTES).write_text(json.dumps(said, indent=2))
-
-
-def notes_of(folder: Path) -> Notes | None:
-    """The notes of a student; None for any other pipeline. Raises UserError for broken ones."""
-    path = folder / NOTES
-    if not path.is_file():
-        return None
-    try:
-        said = json.loads(path.read_text("utf-8"))
-        return Notes(
-            tuple(int(t) for t in said["student_timesteps"]),
-            float(said["teacher_guidance_scale"]),
-            int(said.get("averaged_updates", 0)),
-            dict(said["teacher"]) if said.get("teacher") else None,
-            int(said.get("lora_rank", 0)),
-            int(said.get("resolution", 0)),
-        )
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read as a student's notes: {e!r}") from e
 
 
 def trained_steps(folder: Path) -> tuple[int, ...] | None:
