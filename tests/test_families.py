@@ -331,7 +331,7 @@ def with_no_number(folder: Path) -> None:
                 ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
                 ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
                 ({"trained_betas": [0.1] * 1000}, "trained_betas"),
-                ({"beta_schedule": "linear"}, "beta_schedule='linear'"),
+                ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule='squaredcos_cap_v2'"),
             )
         ),
     ],

@@ -5,9 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_dits
 import tiny_export
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+)
 from torch import Tensor
 
 from flashdmd import export
@@ -20,10 +27,11 @@ PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
 SIDE = 32  # pixels
 
 
-@pytest.fixture(scope="module", params=tiny_export.KINDS)
+@pytest.fixture(scope="module", params=[*tiny_export.KINDS, *tiny_dits.MAKE])
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     folder = tmp_path_factory.mktemp(request.param) / "pipeline"
-    tiny_export.pipeline(request.param).save_pretrained(folder)
+    make = tiny_dits if request.param in tiny_dits.MAKE else tiny_export
+    make.pipeline(request.param).save_pretrained(folder)
     loaded = load_pipeline(folder)
     loaded.resolution = SIDE
     return loaded
@@ -41,7 +49,7 @@ def stock_steps(
 
     def watch(out: Tensor, t: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         x_t = scheduler.scale_model_input(sample, t) if score else sample
-        x_t, given = (unpacked(x, noise) if x.ndim == 3 else x for x in (x_t, out))
+        x_t, given = placed(x_t, noise), placed(out, noise)
         time = t.expand(len(noise)).float()
         seen.append((x_t, time, teacher.process.to_x0(given, x_t, time)))
         return step(out, t, sample, *args, **kwargs)
@@ -49,15 +57,32 @@ def stock_steps(
     score = teacher.family.kind == "score"
     monkeypatch.setattr(scheduler, "step", watch)
     teacher.pipeline(
-        PROMPTS,
+        prompt=list(PROMPTS),
         latents=teacher.family.pack(teacher.pipeline, noise),
         height=SIDE,
         width=SIDE,
         num_inference_steps=3,
         output_type="latent",
+        **teacher.family.call,
         **teacher.family.guided_call(teacher.pipeline, guidance, len(PROMPTS)),
     )
     return seen
+
+
+def placed(x: Tensor, like: Tensor) -> Tensor:
+    """Latents as the family has them, of what the pipeline steps on."""
+    if x.shape == like.shape:
+        return x
+    if x.shape[2] == like.shape[1]:  # FLUX.2's places are its tokens
+        return x.transpose(1, 2).reshape(like.shape)
+    return unpacked(x, like)
+
+
+def tokens(x: Tensor, pipeline: Any) -> Tensor:
+    """The inverse of `placed`."""
+    if isinstance(pipeline, Flux2KleinPipeline):
+        return x.flatten(2).transpose(1, 2)
+    return packed(x) if isinstance(pipeline, FluxPipeline | QwenImagePipeline) else x
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -75,10 +100,24 @@ def test_a_guided_teacher_is_the_stock_pipelines(
     assert (real(x_t, t, other) - theirs).abs().max() > 1e-3
 
 
+def test_prompts_are_of_one_length_and_read_alike_in_any_company(teacher: Teacher) -> None:
+    """So that they can be kept one by one and batched in any order."""
+    words = [*PROMPTS, "", "a red apple and a green pear, side by side on a plate"]
+    together = teacher.encode_prompts(words)
+    for i, prompt in enumerate(words):
+        for name, alone in teacher.encode_prompts([prompt]).items():
+            torch.testing.assert_close(alone[0], together[name][i], atol=1e-5, rtol=1e-4)
+    nothing = teacher.unconditional(2)
+    assert all(together[k].shape[1:] == v.shape[1:] for k, v in nothing.items())
+
+
 def test_pictures_survive_the_autoencoder(teacher: Teacher) -> None:
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     vae = teacher.pipeline.vae
-    theirs = vae.decode(vae.encode(images).latent_dist.mode()).sample
+    framed = images.unsqueeze(2) if isinstance(vae, AutoencoderKLQwenImage) else images
+    seen = vae.encode(framed)
+    theirs = vae.decode(seen.latent if "latent" in seen else seen.latent_dist.mode()).sample
+    theirs = theirs.reshape(images.shape)
     latents = teacher.encode(images)
     assert latents.shape[1:] == teacher.latent_shape
     torch.testing.assert_close(teacher.decode(latents), theirs, atol=1e-4, rtol=1e-4)
@@ -98,22 +137,23 @@ def test_a_student_is_called_plainly(teacher: Teacher, tmp_path: Path) -> None:
     noise, family = teacher.noise(2, 7), teacher.family
     torch.manual_seed(3)
     theirs = pipeline(
-        PROMPTS,
+        prompt=list(PROMPTS),
         latents=family.pack(pipeline, noise),
         height=SIDE,
         width=SIDE,
         num_inference_steps=len(steps),
         output_type="np",
         guidance_scale=export.plain_guidance(teacher, guidance),
+        **family.call,
     ).images
     theirs = (theirs * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
     grid = [float(t) for t in pipeline.scheduler.timesteps]
-    assert max(abs(a - b) for a, b in zip(grid, steps, strict=True)) <= export.NEAR
+    near = 0 if family.kind == "score" else export.NEAR
+    assert max(abs(a - b) for a, b in zip(grid, steps, strict=True)) <= near
     torch.manual_seed(3)
     teacher.guidance = guidance
     cond = teacher.encode_prompts(PROMPTS)
-    tokens = family.pack(pipeline, noise).ndim == 3
-    latents = walk(Sampler(teacher.process, steps), grid, student, noise, cond, tokens)
+    latents = walk(Sampler(teacher.process, steps), grid, student, noise, cond, pipeline)
     with torch.no_grad():
         ours = to_uint8(teacher.decode(latents))
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
@@ -122,7 +162,7 @@ def test_a_student_is_called_plainly(teacher: Teacher, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def walk(
-    sampler: Sampler, grid: list[float], student: Any, x: Tensor, cond: Any, tokens: bool
+    sampler: Sampler, grid: list[float], student: Any, x: Tensor, cond: Any, pipeline: Any
 ) -> Tensor:
     """The sampler's walk at times that need not be whole."""
     for t, after in zip(grid, [*grid[1:], None], strict=True):
@@ -130,8 +170,8 @@ def walk(
         if after is None:
             return x0
         alpha, sigma = sampler.process.at(torch.full((len(x),), after), x0)
-        fresh = torch.randn((packed(x0) if tokens else x0).shape)  # in the pipeline's own order
-        x = alpha * x0 + sigma * (unpacked(fresh, x0) if tokens else fresh)
+        fresh = torch.randn(tokens(x0, pipeline).shape)  # in the pipeline's own order
+        x = alpha * x0 + sigma * placed(fresh, x0)
     raise AssertionError
 
 

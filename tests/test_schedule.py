@@ -188,3 +188,10 @@ def test_noise_is_added_in_float32():
     x_t = process.add_noise(x0, eps, t)
     assert x_t.dtype == torch.float32
     torch.testing.assert_close(x_t, process.add_noise(x0.float(), eps.float(), t))
+
+
+def test_linear_betas_are_diffusers():
+    theirs = DDPMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    alpha, sigma = VariancePreserving(0.0001, 0.02, power=1.0)(torch.arange(1000))
+    torch.testing.assert_close(alpha**2, theirs.alphas_cumprod, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(sigma**2, 1 - theirs.alphas_cumprod, atol=2e-6, rtol=1e-5)

@@ -21,13 +21,18 @@ def per_example(a: Shaped[Tensor, "B"], like: Num[Tensor, "B *d"]) -> Shaped[Ten
 
 
 class VariancePreserving:
-    """DDPM's process, alpha^2 + sigma^2 = 1, at whole t = 0 .. 999; Stable Diffusion's betas."""
+    """DDPM's process, alpha^2 + sigma^2 = 1, at whole t = 0 .. 999; Stable Diffusion's betas.
+
+    Their `power` rises evenly: 1/2 is scaled_linear, 1 (PixArt's) linear.
+    """
 
     last = STEPS - 1
 
-    def __init__(self, beta_start: float = 0.00085, beta_end: float = 0.012) -> None:
-        root = torch.linspace(beta_start**0.5, beta_end**0.5, STEPS, dtype=torch.float64)
-        alpha_bar = (1 - root**2).cumprod(0)
+    def __init__(
+        self, beta_start: float = 0.00085, beta_end: float = 0.012, power: float = 0.5
+    ) -> None:
+        even = torch.linspace(beta_start**power, beta_end**power, STEPS, dtype=torch.float64)
+        alpha_bar = (1 - even ** (1 / power)).cumprod(0)
         self.alpha, self.sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
 
     def __call__(self, t: Num[Tensor, "B"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:

@@ -30,6 +30,7 @@ class Family:
     student_shift: ClassVar[float] = 3.0  # [DEF] where a teacher's shift depends on the picture
     guidance: ClassVar[float] = 7.0  # [DEF] of the teacher while distilling
     affine: ClassVar[bool] = True  # guidance is x_u + scale (x_c - x_u); if not, see `guide`
+    call: ClassVar[dict[str, Any]] = {}  # what the pipeline's call is told at any size
 
     # what is computed ---------------------------------------------------------------------------
 
@@ -121,12 +122,13 @@ class Family:
         """(B, H, W, 3) in [0, 1], by the pipeline's own loop."""
         factor = self.factor(pipeline)
         return pipeline(
-            prompts,
+            prompt=list(prompts),  # Z-Image writes into the list
             latents=self.pack(pipeline, noise),
             height=noise.shape[-2] * factor,
             width=noise.shape[-1] * factor,
             num_inference_steps=steps,
             output_type="np",
+            **self.call,
             **self.guided_call(pipeline, guidance, len(prompts)),
         ).images
 

@@ -16,6 +16,7 @@ from flashdmd.schedule import STEPS, Kind, Process, VariancePreserving
 # students of 1, 2, 4 and 8 steps are all right. Its default of 50 gives 999, 759, 499, 259.
 ORIGINAL_INFERENCE_STEPS = 40
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+POWERS = {"scaled_linear": 0.5, "linear": 1.0}  # of the betas, which rises evenly
 
 
 class StableDiffusion(Family):
@@ -23,7 +24,7 @@ class StableDiffusion(Family):
     kind: ClassVar[Literal["score", "flow"]] = "score"
     network = "unet"
     guidance = 1.75  # DMD2's for SD 1.5
-    lora_layers = (  # DMD2's for SDXL
+    lora_layers: ClassVar[tuple[str, ...]] = (  # DMD2's for SDXL
         *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "time_emb_proj",
         "downsamplers.0.conv", "upsamplers.0.conv",
@@ -34,20 +35,20 @@ class StableDiffusion(Family):
         if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
             raise UserError(
                 "the teacher's scheduler has trained_betas or rescale_betas_zero_snr; only plain "
-                "'scaled_linear' betas are supported"
+                f"betas are supported: {', '.join(POWERS)}"
             )
         betas, steps = config.get("beta_schedule"), config.get("num_train_timesteps")
-        if betas != "scaled_linear" or steps != STEPS:
+        if betas not in POWERS or steps != STEPS:
             raise UserError(
-                f"the teacher's scheduler has beta_schedule={betas!r} over {steps} steps; only "
-                f"'scaled_linear' over {STEPS} is supported"
+                f"the teacher's scheduler has beta_schedule={betas!r} over {steps} steps; "
+                f"supported are {' and '.join(POWERS)} over {STEPS}"
             )
         if config.prediction_type not in KINDS:
             raise UserError(
                 f"the teacher's scheduler has prediction_type={config.prediction_type!r}; "
                 f"supported are {', '.join(KINDS)}"
             )
-        schedule = VariancePreserving(config.beta_start, config.beta_end)
+        schedule = VariancePreserving(config.beta_start, config.beta_end, POWERS[betas])
         return Process(schedule, KINDS[config.prediction_type])
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], device: torch.device) -> Cond:

@@ -19,7 +19,28 @@ LEAST = 1 / STEPS  # the sigma at which the stock grid ends, before it is stretc
 CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 
 
-class StableDiffusion3(Family):
+class Stretched(Family):
+    """Pipelines that leave the grid to the scheduler: N times down to 1/1000, then shifted."""
+
+    def scheduler(self, pipeline: Any, steps: tuple[int, ...]) -> Any:
+        """Shifted by s and stretched to end at the student's last step, the scheduler's own times
+        are 1, 1 - 1/N, ..., 1/N shifted by S if
+        s / (s - 1) = S N / ((S - 1) (N - 1)), within a quarter of a network time.
+        """
+        n, wanted = len(steps), self.fitting_shift(steps)
+        inverse = (wanted - 1) * (n - 1) / (wanted * n)  # (s - 1) / s
+        return FlowMatchEulerDiscreteScheduler(
+            shift=1 / (1 - inverse),
+            shift_terminal=steps[-1] / STEPS if n > 1 else None,
+            stochastic_sampling=True,
+        )
+
+    def grid(self, pipeline: Any, scheduler: Any, n: int) -> list[float]:
+        scheduler.set_timesteps(n)
+        return [float(t) for t in scheduler.timesteps]
+
+
+class StableDiffusion3(Stretched):
     pipelines = ("StableDiffusion3Pipeline",)
     needs = ("vae", "scheduler")  # any text encoder may be absent
     guidance = 7.0  # RTDMD's for SD3-medium
@@ -82,20 +103,3 @@ class StableDiffusion3(Family):
                 guidance_scale=guidance,
                 output_type="np",
             ).images
-
-    def scheduler(self, pipeline: Any, steps: tuple[int, ...]) -> Any:
-        """The pipeline asks for N times evenly down to 1/1000; shifted by s and stretched to end at
-        the student's last step, these are 1, 1 - 1/N, ..., 1/N shifted by S if
-        s / (s - 1) = S N / ((S - 1) (N - 1)), within a quarter of a network time.
-        """
-        n, wanted = len(steps), self.fitting_shift(steps)
-        inverse = (wanted - 1) * (n - 1) / (wanted * n)  # (s - 1) / s
-        return FlowMatchEulerDiscreteScheduler(
-            shift=1 / (1 - inverse),
-            shift_terminal=steps[-1] / STEPS if n > 1 else None,
-            stochastic_sampling=True,
-        )
-
-    def grid(self, pipeline: Any, scheduler: Any, n: int) -> list[float]:
-        scheduler.set_timesteps(n)
-        return [float(t) for t in scheduler.timesteps]
