@@ -55,6 +55,7 @@ from flashdmd.models.vision import (
     fitted,
     load_backbone,
     resized,
+    timm_backbone,
 )
 
 GLOBAL = (1, 3)
@@ -311,6 +312,22 @@ def test_lists_of_maps_are_taken_as_they_are_channels_last_ones_turned() -> None
             return [m.permute(0, 2, 3, 1) for m in self.network(images)]
 
     close(Vision(PyramidMaps(Last(), channels_last=True), CENTRED)(images), network(images))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_timms_maps_come_channels_first(name: str) -> None:
+    """Of Swin they are (B, H, W, C)."""
+    network = pytest.importorskip("timm").create_model(name, features_only=True)
+    backbone, images = timm_backbone(network, torch.float32), pictures(224, 224, 1)
+    images.requires_grad_()
+    maps = backbone(images)
+    assert [m.shape[1] for m in maps] == network.feature_info.channels()
+    assert [m.shape[-1] for m in maps] == [56, 28, 14, 7]
+    expected = network(normalised(images))
+    turned = name.startswith("swin")
+    close(maps, [m.permute(0, 3, 1, 2) if turned else m for m in expected])
+    (gradient,) = torch.autograd.grad(sum(m.square().mean() for m in maps), images)
+    assert gradient.any()
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ DINOS = {
     "dinov3_vit": DINOv3ViTModel,
 }
 LEVELS = 4  # maps of a transformer, from evenly spaced blocks
-logging.disable_progress_bar()
 HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model*.index.json"]
+logging.disable_progress_bar()
 
 
 class Vision(nn.Module):
@@ -297,6 +297,7 @@ def timm_network(name: str, checkpointing: bool) -> Any:
     except Exception as e:  # an unknown name, no weights, no network, no maps: each its own kind
         raise UserError(f"timm:{name} cannot be loaded: {e}") from e
     if checkpointing:
+        refuse_checkpointing(f"timm:{name}", not hasattr(network, "set_grad_checkpointing"))
         network.set_grad_checkpointing(True)
     return network
 
@@ -351,5 +352,5 @@ def chosen(name: str, blocks: tuple[int, ...] | None, count: int) -> tuple[int, 
 def refuse_checkpointing(name: str, checkpointing: bool) -> None:
     if checkpointing:
         raise UserError(
-            f"{name} cannot be checkpointed; SAM, DINOv2, DINOv3 (ViT) and timm's networks can"
+            f"{name} cannot be checkpointed; SAM, DINOv2, DINOv3 (ViT) and timm's pyramids can"
         )
