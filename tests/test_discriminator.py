@@ -111,6 +111,35 @@ def test_large_maps_get_the_papers_head_and_small_ones_a_shorter_one(size, strid
     assert logits.std() > 1e-3
 
 
+def test_on_sams_maps_the_head_is_the_papers():
+    """ADM's appendix B: 256 channels throughout, 32 groups, 64 -> 32 -> 16 -> 8 -> average."""
+    head = Head(768, 64, width=256)
+    norms = [m for m in head.body if isinstance(m, nn.GroupNorm)]
+    assert [(m.num_groups, m.num_channels) for m in norms] == [(32, 256)] * 4
+    assert [type(m) for m in head.body] == [nn.Conv2d, nn.GroupNorm, nn.SiLU] * 4
+    assert (head.logit.in_features, head.logit.out_features) == (256, 1)
+    assert head.body(torch.randn(1, 768, 64, 64)).shape == (1, 256, 8, 8)
+
+
+def test_the_shorter_side_settles_the_heads():
+    wide, tall = Discriminator(Pyramid(), (32, 64), 16), Discriminator(Pyramid(), (64, 32), 16)
+    square = Discriminator(Pyramid(), 32, 16)
+    for judge in (wide, tall):
+        assert [len(h.body) for h in judge.heads] == [len(h.body) for h in square.heads]
+    assert len(Discriminator(Pyramid(), 64, 16).heads[0].body) > len(square.heads[0].body)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (64, 16), (48, 40), (16, 16), (17, 33)])
+def test_images_of_other_sizes_are_judged_by_the_same_heads(size):
+    judge = Discriminator(Pyramid(), SIZE, width=16)
+    images = torch.randn(4, 3, *size, requires_grad=True)
+    logits = judge(images)
+    assert logits.shape == (4, 3)
+    assert logits.std(0).min() > 1e-3
+    logits.sum().backward()
+    assert images.grad.abs().sum((1, 2, 3)).min() > 0
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 32])
 @pytest.mark.parametrize("channels", [32, 160])
 def test_dmd2s_head_ends_in_one_pixel_that_still_says_something(size, channels):

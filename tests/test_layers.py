@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src/flashdmd"
 LAYERS: list[set[str]] = [  # a module may import what stands in its own line or above
-    {"__init__", "errors", "files", "seeds", "schedule", "losses"},
+    {"__init__", "errors", "files", "seeds", "schedule", "losses", "augment"},
     {"sampler", "discriminator", "reward", "stopwatch"},
     {"algorithm", "baselines"},
     {"config", "checkpoint", "data", "cache", "models", "emoji", "evaluate"},
@@ -21,7 +21,16 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"compare"},
     {"cli", "__main__"},
 ]
-CORE = ("schedule", "losses", "sampler", "algorithm", "baselines", "discriminator", "reward")
+CORE = (
+    "schedule",
+    "losses",
+    "sampler",
+    "algorithm",
+    "baselines",
+    "discriminator",
+    "reward",
+    "augment",
+)
 MAY_USE = {
     "diffusers": {"models", "emoji"},
     "transformers": {"models", "emoji"},

@@ -179,6 +179,10 @@ class Candidates(NamedTuple):
     scores: Tensor  # (K, B) rewards, at the noise level of the pool
 
 
+def identity(images: Tensor) -> Tensor:
+    return images
+
+
 @dataclass
 class FlashDMD:
     method: Method
@@ -190,6 +194,9 @@ class FlashDMD:
     decode: Callable[[Tensor], Tensor]  # V: latents -> images
     reward: Reward | None = None  # R, at the noise level it is asked about
     reference: Denoiser | None = None  # p_ref: the generator before stage 2, frozen
+    augment: Callable[[Tensor], Tensor] = identity  # of what D sees, real and fake
+    r1_weight: float = 0.0  # of the approximate R1 of D on real pictures; 0 draws nothing
+    r1_sigma: float = 0.1  # its noise, in units of pictures in [-1, 1]
 
     trains: ClassVar[dict[Update, tuple[str, ...]]] = {
         "generator": ("generator",),
@@ -236,7 +243,7 @@ class FlashDMD:
             self.sampler, self.method, self.teacher, self.score, x0, samples.t, cond
         )
         assert samples.image is not None
-        adversarial = losses.hinge_generator(self.discriminator(samples.image))
+        adversarial = losses.hinge_generator(self.discriminator(self.augment(samples.image)))
         return Loss(
             {"matching": matching, "adversarial": self.gan_loss_weight * adversarial},
             watch_latents(samples.x0[self.sampler.steps[-1]]),
@@ -259,9 +266,14 @@ class FlashDMD:
 
     def discriminator_loss(self, samples: Rollout, real: Tensor) -> Loss:
         assert samples.image is not None
-        on_real, on_fake = self.discriminator(real), self.discriminator(samples.image.detach())
+        real, fake = self.augment(real), self.augment(samples.image.detach())
+        on_real, on_fake = self.discriminator(real), self.discriminator(fake)
+        terms = {"hinge": losses.hinge_discriminator(on_real, on_fake)}
+        if self.r1_weight:
+            on_noisy = self.discriminator(real + self.r1_sigma * torch.randn_like(real))
+            terms["r1"] = self.r1_weight * losses.approximate_r1(on_real, on_noisy)
         return Loss(
-            {"hinge": losses.hinge_discriminator(on_real, on_fake)},
+            terms,
             {
                 "discriminator/real": on_real.detach().mean(),
                 "discriminator/fake": on_fake.detach().mean(),

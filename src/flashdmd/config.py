@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from flashdmd.algorithm import Method, split
+from flashdmd.augment import Change
 from flashdmd.baselines import NUMBERS as DMD2
 from flashdmd.errors import UserError
 from flashdmd.schedule import STEPS
@@ -93,9 +94,10 @@ class Lora(Section):
 
 class Critic(Section):
     backbone: str = "efficientnet-lite0"  # or a SAM, DINOv2, DINOv3 folder or hub id, timm:NAME
+    blocks: tuple[int, ...] | None = None  # whose maps have heads; None: SAM's global ones, four
     width: Count = 128  # [DEF] channels of the heads (ADM: 256, on SAM)
     crop: Count | None = None  # latent places across a random crop that is decoded; None: all
-    augment: tuple[Literal["color", "translation", "cutout"], ...] = ()  # DiffAugment; [DEF] none
+    augment: tuple[Change, ...] = ()  # DiffAugment: colour, translation, cutout; [DEF] none
     r1_weight: Rate = 0.0  # [DEF] of approximate R1 on real pictures; 0: none
     r1_sigma: Annotated[float, Field(gt=0)] = 0.1  # [DEF] its noise
 

@@ -23,7 +23,8 @@ class Head(nn.Module):
 
     ADM's pixel discriminator (arXiv 2507.18569): Conv4 s2 - GroupNorm - SiLU, Conv3 - GroupNorm -
     SiLU, pooling, Linear. SAM's maps of 64 get three strided ones, the paper's number; the small
-    maps of small pictures get fewer, so `size` decides.
+    maps of small pictures get fewer, so `size` decides: the shorter side of the maps. Later maps
+    may have any sides down to half of it.
     """
 
     def __init__(self, channels: int, size: int, width: int) -> None:
@@ -46,15 +47,20 @@ class Discriminator(nn.Module):
     """images (B, 3, H, W) in [-1, 1] -> (B, K) logits, one for each level of the backbone.
 
     The backbone is frozen and never switched to training mode; gradients pass through it to the
-    images and stop at its weights.
+    images and stop at its weights. `image_size`, a side or (height, width) in pixels, settles how
+    deep the heads are; the images of a batch may have other sides, down to half of the shorter one.
     """
 
-    def __init__(self, backbone: nn.Module, image_size: int, width: int = 256) -> None:
+    def __init__(
+        self, backbone: nn.Module, image_size: int | tuple[int, int], width: int = 256
+    ) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        device = next(backbone.parameters()).device
         with torch.no_grad():
-            levels = backbone(torch.zeros(1, 3, image_size, image_size))
-        self.heads = nn.ModuleList(Head(f.shape[1], f.shape[-1], width) for f in levels)
+            levels = backbone(torch.zeros(1, 3, *size, device=device))
+        self.heads = nn.ModuleList(Head(f.shape[1], min(f.shape[2:]), width) for f in levels)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
         return self.logits(self.backbone(images))

@@ -55,6 +55,14 @@ def logistic_generator(fake: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
     return F.softplus(-fake).mean()
 
 
+def approximate_r1(clean: Float[Tensor, "B K"], noisy: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
+    """Mean |D(x) - D(x + sigma eps)|^2 of real x (Seaweed-APT, arXiv 2501.08316).
+
+    To first order sigma^2 |grad D|^2, which is R1 without a second derivative.
+    """
+    return (clean - noisy).square().mean()
+
+
 def gaussian_log_prob(
     x: Float[Tensor, "B *d"], mean: Float[Tensor, "B *d"], std: Float[Tensor, "B"]
 ) -> Float[Tensor, "B"]:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from flashdmd import checkpoint, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
+from flashdmd.augment import diff_augment
 from flashdmd.baselines import DMD2, dmd2_cycle
 from flashdmd.batches import Batches, Source
 from flashdmd.cache import Latents
@@ -23,12 +25,14 @@ from flashdmd.files import cut_torn_line, stoppable, write_text
 from flashdmd.loading import RewardModel, load_reward, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
-from flashdmd.models.teacher import Teacher
+from flashdmd.models.teacher import DTYPES, Teacher
+from flashdmd.models.vision import load_backbone
 from flashdmd.sampler import Sampler
 from flashdmd.sources import cache_embeddings, cache_latents, known_prompts, open_source, prompts_of
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
+PLAIN = "efficientnet-lite0"  # the backbone that is shipped
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
 
 
@@ -73,8 +77,16 @@ class Session:
         else:
             reference = self.generator.twin("reference") if reward else None
             decode = self.decode
+            critic = recipe.discriminator
             algorithm = FlashDMD(
-                method=method, decode=decode, reward=reward, reference=reference, **shared
+                method=method,
+                decode=decode,
+                reward=reward,
+                reference=reference,
+                augment=partial(diff_augment, policy=critic.augment),
+                r1_weight=critic.r1_weight,
+                r1_sigma=critic.r1_sigma,
+                **shared,
             )
             order = cycle(method, stage)
         batches = Batches(
@@ -255,8 +267,15 @@ def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser
                 nothing, torch.ones_like(nothing[:, 0, 0, 0]), teacher.encode_prompts([""])
             )
         return FeatureHead(middle.shape[1], middle.shape[-1]).to(teacher.device)
-    heads = Discriminator(EfficientNetLite(0), teacher.image_size, recipe.discriminator.width)
-    return heads.to(teacher.device)
+    seen, critic = teacher.image_size, recipe.discriminator
+    if critic.crop is not None:
+        seen = min(seen, critic.crop * teacher.family.factor(teacher.pipeline))
+    backbone: nn.Module = EfficientNetLite(0)
+    if critic.backbone != PLAIN:
+        dtype = DTYPES[recipe.model.frozen_dtype]
+        saving = recipe.train.gradient_checkpointing
+        backbone = load_backbone(critic.backbone, dtype, blocks=critic.blocks, checkpointing=saving)
+    return Discriminator(backbone.to(teacher.device), seen, critic.width).to(teacher.device)
 
 
 def run_stage(session: Session, trainer: Trainer, target: int, progress: Progress) -> None:
