@@ -27,7 +27,7 @@ PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
 SIDE = 32  # pixels
 
 
-@pytest.fixture(scope="module", params=[*tiny_export.KINDS, *tiny_dits.MAKE])
+@pytest.fixture(scope="module", params=[*tiny_export.KINDS, *tiny_export.ALSO, *tiny_dits.MAKE])
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     folder = tmp_path_factory.mktemp(request.param) / "pipeline"
     make = tiny_dits if request.param in tiny_dits.MAKE else tiny_export
@@ -179,3 +179,31 @@ def test_packing_is_undone() -> None:
     x = torch.randn(2, 4, 6, 8)
     assert torch.equal(unpacked(packed(x), x), x)
     assert packed(x).shape == (2, 12, 16)
+
+
+@pytest.mark.parametrize("absent", ["1", "2", "12", "123"])
+def test_an_sd3_without_some_of_its_encoders_hears_the_others(absent: str, tmp_path: Path) -> None:
+    """Zeros are in an absent one's place (arXiv 2403.03206); the stock code needs both CLIPs."""
+    whole = load_pipeline(saved(tiny_export.sd3(), tmp_path / "whole"))
+    part = load_pipeline(saved(tiny_export.without(tiny_export.sd3(), *absent), tmp_path / "part"))
+    ours, theirs = (t.encode_prompts(PROMPTS) for t in (part, whole))
+    pooled = {"1": slice(0, tiny_export.L), "2": slice(tiny_export.L, None)}
+    for number, where in pooled.items():
+        said = ours["pooled_projections"][:, where]
+        assert said.any() == (number not in absent)
+        if number not in absent:
+            torch.testing.assert_close(said, theirs["pooled_projections"][:, where])
+    tokens = ours["encoder_hidden_states"]
+    assert tokens.any() == (absent != "123")
+    noise = part.noise(2, 0)
+    assert np.isfinite(part.sample(PROMPTS, noise, 2, 3.0)).all()
+
+
+def saved(pipeline: Any, folder: Path) -> Path:
+    for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if (part := getattr(pipeline, encoder)) is not None:
+            torch.manual_seed(0)
+            for p in part.parameters():
+                torch.nn.init.normal_(p, std=0.1)
+    pipeline.save_pretrained(folder)
+    return folder

@@ -35,6 +35,7 @@ SIDE = 8  # latent places across
 CHANNELS = 4
 L, G = 16, 24  # widths of the two CLIP encoders
 KINDS = ("sd1", "sd2", "sdxl", "sd3", "flux")
+ALSO = ("sd3-no-t5", "schnell")
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -202,10 +203,20 @@ def flux(guidance: bool = True) -> FluxPipeline:
     )
 
 
+def without(made: StableDiffusion3Pipeline, *numbers: str) -> StableDiffusion3Pipeline:
+    """An SD3 that lacks some of its text encoders."""
+    for number in numbers:
+        ending = "" if number == "1" else f"_{number}"
+        made.register_modules(**{f"text_encoder{ending}": None, f"tokenizer{ending}": None})
+    return made
+
+
 def pipeline(kind: str) -> Any:
     """In evaluation mode; every weight is drawn, those that start as zeros or ones as well."""
     torch.manual_seed(0)
-    made: Any = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux}[kind]()
+    makers: dict[str, Any] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+    makers |= {"sd3-no-t5": lambda: without(sd3(), "3"), "schnell": lambda: flux(guidance=False)}
+    made: Any = makers[kind]()
     for part in (network(made), made.vae):
         for p in part.parameters():
             p.data += 0.05 * torch.randn_like(p)

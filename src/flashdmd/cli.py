@@ -131,7 +131,7 @@ def export(
     """Write a student for stock diffusers or for ComfyUI."""
     from flashdmd import publish
 
-    written, lost = publish.export_run(run, format, output, dtype, rank)  # type: ignore[arg-type]
+    written, lost = publish.export_run(run, format, output, dtype, rank)
     typer.echo(f"Wrote {written}" + (f"; {lost}" if lost else ""))
 
 

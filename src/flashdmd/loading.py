@@ -1,7 +1,8 @@
 """Teachers, students and rewards by name, on the device and in the precision that a recipe says."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,19 @@ from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.models import latent_reward
-from flashdmd.models.teacher import Pipeline, Teacher, fuse, load_pipeline
+from flashdmd.models.teacher import Pipeline, Precision, Teacher, add_lora, load_pipeline
 from flashdmd.sampler import Cond
 
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 
 
-def load_teacher(name: str, device: str = "cpu") -> Teacher:
-    """A teacher or student by folder or hub id, or one of the embedded teachers by name."""
+def load_teacher(name: str, device: str = "cpu", merged: bool = False) -> Teacher:
+    """A teacher or student by folder or hub id, or one of the embedded teachers by name.
+
+    A student that is a LoRA is `merged` into its base, in float32, or lies beside it.
+    """
     if name not in EMBEDDED:
-        return load_lora(Path(name), device) or load_pipeline(Path(name), device)
+        return load_lora(Path(name), device, merged) or load_pipeline(Path(name), device)
     folder = ASSETS / EMBEDDED[name]
     if not folder.is_dir():
         raise UserError(
@@ -34,17 +38,28 @@ def load_teacher(name: str, device: str = "cpu") -> Teacher:
     return teacher
 
 
-def load_lora(folder: Path, device: str = "cpu") -> Teacher | None:
+def load_base(
+    notes: dict[str, Any], device: str = "cpu", dtype: Precision | None = "fp32"
+) -> Teacher:
+    """The teacher that a student's notes name; in the precision of theirs if `dtype` is None."""
+    source = Pipeline(**notes)
+    if source.name in EMBEDDED:
+        return load_teacher(source.name, device)
+    return load_pipeline(replace(source, learns=False, dtype=dtype or source.dtype), device)
+
+
+def load_lora(folder: Path, device: str = "cpu", merged: bool = False) -> Teacher | None:
     """A student that is a LoRA, on its base, ready to draw; None for anything else."""
     notes = export.notes_of(folder)
     if notes is None or not notes.rank:
         return None
     if notes.teacher is None:
         raise UserError(f"{folder} is a LoRA and does not say of which model")
-    source = Pipeline(**notes.teacher)
-    embedded = source.name in EMBEDDED
-    student = load_teacher(source.name, device) if embedded else load_pipeline(source, device)
-    fuse(student.pipeline, str(folder), 1.0)
+    student = load_base(notes.teacher, device, "fp32" if merged else None)
+    add_lora(student.pipeline, student.family, str(folder), fused=merged)
+    for part in student.pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
     student.pipeline.scheduler = export.scheduler_for(student, notes.steps)
     student.resolution = notes.resolution
     return student
@@ -70,8 +85,8 @@ def teacher_of(recipe: Recipe) -> Teacher:
             model.teacher_lora,
             model.teacher_lora_scale,
             model.pretrained_vae_model_name_or_path,
-            # copies that learn in float32 are taken before the rest is rounded
-            model.frozen_dtype if recipe.lora.rank else "fp32",
+            model.frozen_dtype,
+            learns=not recipe.lora.rank,
         )
         teacher = load_pipeline(source, device)
     teacher.in_run = model.vae_precision == "run"

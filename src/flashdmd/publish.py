@@ -11,9 +11,9 @@ from flashdmd import export
 from flashdmd.errors import UserError
 from flashdmd.export import Notes
 from flashdmd.files import forget_origins, replace_file, replace_folder
-from flashdmd.loading import load_teacher
+from flashdmd.loading import load_base, load_teacher
 from flashdmd.models import lora_keys, single_file
-from flashdmd.models.teacher import Pipeline, Teacher
+from flashdmd.models.teacher import Teacher
 
 Format = Literal["diffusers", "lora", "comfyui", "single-file"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -21,7 +21,7 @@ NOT_DENOISING = ("safety_checker", "image_encoder")
 
 
 def export_run(
-    run: Path, form: Format, output: Path, dtype: str = "fp32", rank: int = 64
+    run: Path, form: str, output: Path, dtype: str = "fp32", rank: int = 64
 ) -> tuple[Path, str]:
     """Writes the last student of a run, or the one in a student's folder; says what was lost.
 
@@ -36,7 +36,7 @@ def export_run(
         raise UserError(f"--output {output} is there already; name another")
     folder, notes = student_in(run)
     note = "" if notes.rank else "Every weight was trained."
-    student = load_teacher(str(folder))
+    student = load_teacher(str(folder), merged=True)
     if form in ("lora", "comfyui"):
         adapter, lost = adapter_of(folder, notes, student, rank)
         name = type(student.pipeline).__name__
@@ -91,7 +91,7 @@ def adapter_of(
             f"{folder} does not say which model it is a student of, so there is no difference to "
             "take; export it with --format diffusers or single-file"
         )
-    teacher = load_teacher(Pipeline(**notes.teacher).name)
+    teacher = load_base(notes.teacher)
     base, tuned = teacher.denoiser.network.state_dict(), student.denoiser.network.state_dict()
     found = lora_keys.from_full(base, tuned, rank)
     worst = max(found.errors, key=lambda name: found.errors[name])

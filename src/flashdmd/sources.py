@@ -15,7 +15,7 @@ from flashdmd.data import PictureSource, TeacherSamples, open_data, read_prompts
 from flashdmd.drawing import Arm
 from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
-from flashdmd.models.teacher import Teacher
+from flashdmd.models.teacher import DTYPES, Teacher
 from flashdmd.sampler import Cond
 
 EMOJI, OWN = "emoji", "teacher"  # as data.train_data_dir: the embedded world, the teacher's samples
@@ -99,7 +99,8 @@ def cached(
     """`encode` of these prompts, from the disk. `said`: settings that it depends on."""
     modules = encoders if isinstance(encoders, list) else [encoders]
     key = fingerprint(*(m.state_dict() for m in modules), *said)
-    kept = Embeddings(cache_of(recipe) / "embeddings", key)
+    dtype = DTYPES[recipe.model.frozen_dtype]  # the encoders', so nothing is lost
+    kept = Embeddings(cache_of(recipe) / "embeddings", key, dtype)
     kept.make(prompts, encode)
     return kept
 

@@ -14,11 +14,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flashdmd.errors import UserError
+from flashdmd.models import lora_keys
 from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
 from flashdmd.sampler import Cond, Denoiser, guided
@@ -99,10 +101,8 @@ class Teacher:
         return both
 
     def hold(self, dtype: Precision) -> None:
-        """Rounds what is frozen; the autoencoder stays in float32."""
-        for name, part in self.pipeline.components.items():
-            if isinstance(part, nn.Module) and name != "vae":
-                part.to(DTYPES[dtype])
+        """Rounds the network, which is frozen."""
+        self.denoiser.network.to(DTYPES[dtype])
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], sizes: Float[Tensor, "B 6"] | None = None) -> Cond:
@@ -192,6 +192,7 @@ class Pipeline:
     lora_scale: float = 1.0
     vae: str | None = None  # an autoencoder in place of the pipeline's
     dtype: Precision = "fp32"  # of network and text encoders; the autoencoder stays in float32
+    learns: bool = False  # copies of the network are to learn: it is in float32 until they are made
 
 
 def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -> Teacher:
@@ -213,7 +214,11 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
             source.name,
             revision=source.revision,
             variant=source.variant,
-            dtype={"default": DTYPES[source.dtype], "vae": torch.float32},
+            dtype={
+                "default": DTYPES[source.dtype],
+                "vae": torch.float32,
+                **({family.network: torch.float32} if source.learns else {}),
+            },
             local_files_only=folder.is_dir() or offline(),
             use_safetensors=True,
             **absent,
@@ -223,7 +228,7 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
         raise UserError(f"the pipeline in {source.name} cannot be loaded: {e}") from e
     pipeline.set_progress_bar_config(disable=True)
     if source.lora:
-        fuse(pipeline, source.lora, source.lora_scale)
+        add_lora(pipeline, family, source.lora, source.lora_scale)
     family.complete(pipeline)
     check_whole(source.name, pipeline, family)
     process = family.process(pipeline)
@@ -304,18 +309,33 @@ def load_vae(name: str) -> Any:
         ) from e
 
 
-def fuse(pipeline: Any, lora: str, scale: float) -> None:
-    """Adds a LoRA to the weights, which are a teacher's like any other from then on."""
+def add_lora(
+    pipeline: Any, family: Family, lora: str, scale: float = 1.0, fused: bool = True
+) -> None:
+    """Adds a LoRA to the weights, or lays it beside them, where rounded ones keep it whole.
+
+    Raises UserError when it is not the network's.
+    """
+    path = Path(lora)
     try:
-        path = Path(lora)
+        if not hasattr(pipeline, "load_lora_weights"):  # PixArt's, in diffusers 0.42
+            network = getattr(pipeline, family.network)
+            stored = load_file(path if path.is_file() else path / lora_keys.FILE_NAME)
+            adapter = {k.removeprefix(f"{family.network}."): v for k, v in stored.items()}
+            network.load_state_dict(lora_keys.merge(network.state_dict(), adapter, scale))
+            return
         where = {"weight_name": path.name} if path.is_file() else {}
-        pipeline.load_lora_weights(str(path.parent) if path.is_file() else lora, **where)
-        pipeline.fuse_lora(lora_scale=scale)
-        pipeline.unload_lora_weights()
+        pipeline.load_lora_weights(
+            str(path.parent) if path.is_file() else lora, adapter_name="lora", **where
+        )
+        pipeline.set_adapters("lora", scale)
+        if fused:
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
     except Exception as e:  # as above, and peft
         raise UserError(
-            f"teacher_lora={lora!r} cannot be put on the teacher: {e}; give a folder, .safetensors "
-            "file or a hub id that load_lora_weights of diffusers reads"
+            f"the LoRA {lora} cannot be put on {type(pipeline).__name__}: {e}; give a folder, a "
+            ".safetensors file or a hub id that load_lora_weights of diffusers reads"
         ) from e
 
 

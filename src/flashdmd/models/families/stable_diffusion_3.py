@@ -58,6 +58,8 @@ class StableDiffusion3(Stretched):
             known = next((t for _, n in CLIPS if (t := getattr(pipeline, n))), None)
             silent, words = silent_clip(rest // len(absent), known)
             pipeline.register_modules(**{encoder: silent, tokenizer: words})
+        if absent:
+            pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], device: torch.device) -> Cond:
         embeds, _, pooled, _ = pipeline.encode_prompt(
