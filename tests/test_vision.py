@@ -262,7 +262,9 @@ def test_maps_are_of_the_blocks_asked_for(folders: dict[str, Path]) -> None:
     for name in TRANSFORMERS:
         every = load_backbone(str(folders[name]), blocks=(0, 1, 2, 3))(images)
         assert len(every) == 4
-        close(load_backbone(str(folders[name]), blocks=(2, 0))(images), [every[0], every[2]])
+        first = load_backbone(str(folders[name]), blocks=(2, 0))
+        close(first(images), [every[0], every[2]])
+        assert len(first.maps.blocks) == 3  # type: ignore[arg-type]  # none for nothing
     every = load_backbone(str(folders["swin"]))(images)
     close(load_backbone(str(folders["swin"]), blocks=(1, 2))(images), every[1:3])
 
@@ -518,8 +520,20 @@ def test_networks_that_are_no_backbones_are_refused(tmp_path: Path) -> None:
     CLIPVisionModel(clip).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model_type='clip_vision_model'; accepted are .*SAM"):
         load_backbone(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
-    with pytest.raises(UserError, match=r"model_type='nonsense'; accepted are .*SAM"):
+    for kind in ("nonsense", "timm_backbone"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UserError, match=rf"model_type='{kind}'; accepted are .*timm:NAME"):
+            load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "resnet", "depths": "x"}, {"model_type": "dinov2", "hidden_size": "x"}],
+)
+def test_a_config_of_other_values_is_refused(tmp_path: Path, config: dict[str, str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"(?s)cannot be .*: Validation error for field"):
         load_backbone(str(tmp_path))
 
 

@@ -26,6 +26,7 @@ from transformers import (
     DINOv3ViTModel,
     SamVisionModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 from transformers.utils import logging
 
 from flashdmd.errors import UserError
@@ -45,6 +46,7 @@ DINOS = {
     "dinov2_with_registers": Dinov2WithRegistersModel,
     "dinov3_vit": DINOv3ViTModel,
 }
+PYRAMIDS = set(MODEL_FOR_BACKBONE_MAPPING_NAMES) - {"timm_backbone"}  # that is timm:NAME
 LEVELS = 4  # maps of a transformer, from evenly spaced blocks
 HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model*.index.json"]
 logging.disable_progress_bar()
@@ -198,7 +200,8 @@ def load_backbone(
     longer_side: int | None = None,
     checkpointing: bool = False,
 ) -> Vision:
-    """The frozen backbone of that name, its weights in `dtype`, from safetensors alone.
+    """The frozen backbone of that name, its weights in `dtype`, from safetensors alone
+    (timm finds its own, and reads what is no safetensors with weights_only).
 
     `blocks` are the transformer blocks, or the stages of a pyramid, that give the maps, from 0; by
     default the blocks of global attention of a SAM, and of others four at even distances
@@ -207,15 +210,16 @@ def load_backbone(
 
     Raises UserError for what is missing, cannot be read, or is not supported.
     """
-    kind, _, rest = name.partition(":")
-    if name == "efficientnet-lite0" or kind == "timm":
-        if blocks is not None:
-            raise UserError(f"{name} gives the maps of all of its stages; leave blocks out")
-        if kind == "timm":
-            return timm_backbone(timm_network(rest, checkpointing), dtype, longer_side)
+    by_timm, lite = name.startswith("timm:"), name == "efficientnet-lite0"
+    if blocks is not None and (by_timm or lite):
+        raise UserError(f"{name} gives the maps of all of its stages; leave blocks out")
+    if by_timm:
+        network = timm_network(name.removeprefix("timm:"), checkpointing)
+        return timm_backbone(network, dtype, longer_side)
+    if lite:
         refuse_checkpointing(name, checkpointing)
-        network = PyramidMaps(EfficientNetLite(0).to(dtype))
-        return Vision(network, CENTRED, longer_side=longer_side)
+        maps: nn.Module = PyramidMaps(EfficientNetLite(0).to(dtype))
+        return Vision(maps, CENTRED, longer_side=longer_side)
     folder = folder_of(name)
     kind = str(read_json(folder / "config.json").get("model_type"))
     statistics = statistics_of(folder)
@@ -225,13 +229,15 @@ def load_backbone(
         of_global_attention = tuple(config.global_attn_indexes)
         taken = of_global_attention if blocks is None else blocks
         taken = chosen(name, taken, len(encoder.layers))
-        maps: nn.Module = SamMaps(encoder, taken, checkpointing)
+        maps = SamMaps(encoder, taken, checkpointing)
         return Vision(maps, statistics, int(config.patch_size), longer_side)
     if kind in DINOS:
         network = pretrained(DINOS[kind], folder, dtype)
         taken = chosen(name, blocks, int(network.config.num_hidden_layers))
         maps = DinoMaps(network, taken, checkpointing)
-        return Vision(maps, statistics, maps.patch, longer_side)
+        return Vision(maps, statistics, int(network.config.patch_size), longer_side)
+    if kind not in PYRAMIDS:
+        raise UserError(f"{name} is of model_type={kind!r}; accepted are {ACCEPTED}")
     refuse_checkpointing(name, checkpointing)
     maps = PyramidMaps(pyramid(name, folder, dtype, blocks))
     return Vision(maps, statistics, longer_side=longer_side)
@@ -244,12 +250,11 @@ def pyramid(name: str, folder: Path, dtype: torch.dtype, blocks: tuple[int, ...]
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        network = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-    except (KeyError, ValueError, ImportError) as e:
-        kind = read_json(folder / "config.json").get("model_type")
-        raise UserError(f"{name} is of model_type={kind!r}; accepted are {ACCEPTED}") from e
+    except Exception as e:  # values that a config refuses come as errors of its own kind
+        raise UserError(f"{folder}/config.json cannot be used: {e}") from e
     stages = [s for s in config.stage_names if s != "stem"]
     config.out_features = [stages[i] for i in chosen(name, blocks, len(stages))]
+    network = MODEL_FOR_BACKBONE_MAPPING[type(config)]
     return pretrained(network, folder, dtype, config=config)
 
 
