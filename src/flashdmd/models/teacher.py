@@ -168,8 +168,9 @@ class Teacher:
         self, prompts: list[str], noise: Float[Tensor, "B C h w"], steps: int, guidance: float
     ) -> np.ndarray:
         """(B, 3, H, W) uint8 by the pipeline's own sampler."""
-        noise = noise.to(self.device)
-        images = self.family.sample(self.pipeline, prompts, noise, steps, guidance)
+        noise, half = noise.to(self.device), self.denoiser.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):  # latents are float32
+            images = self.family.sample(self.pipeline, prompts, noise, steps, guidance)
         pictures: np.ndarray = (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
         return pictures
 
