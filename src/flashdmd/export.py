@@ -48,7 +48,8 @@ def write_student(
     averaged: int = 0,
 ) -> Path:
     """Writes `folder` whole or not at all: the teacher's pipeline with the student's network, or
-    with LoRA the adapter alone, which `load_lora_weights` reads.
+    with LoRA the adapter alone, which `load_lora_weights` reads; both where there is no such
+    method.
 
     `card` becomes README.md; `averaged` are the updates in the weights, where a run from this
     student counts on. The weights are float32 as trained.
@@ -59,12 +60,14 @@ def write_student(
         "averaged_updates": averaged,
     }
     with replace_folder(folder) as beside:
+        adapter = isinstance(student, AdapterDenoiser)
         if isinstance(student, AdapterDenoiser):
-            notes |= {"base": vars(teacher.source), "rank": student.adapter.rank}
-            notes |= {"alpha": student.adapter.alpha, "resolution": teacher.resolution}
             save_file(lora_weights(student), beside / LORA)
+            notes |= {"rank": student.adapter.rank, "alpha": student.adapter.alpha}
+        if adapter and hasattr(teacher.pipeline, "load_lora_weights"):  # PixArt's has none
+            notes |= {"base": vars(teacher.source), "resolution": teacher.resolution}
         else:
-            whole(teacher, student.network, method.student_timesteps).save_pretrained(beside)
+            whole(teacher, student.merged(), method.student_timesteps).save_pretrained(beside)
             forget_origins(beside)
         (beside / "README.md").write_text(card, "utf-8")
         (beside / NOTES).write_text(json.dumps(notes, indent=2))
