@@ -207,7 +207,7 @@ A {len(steps)}-step student of `{teacher.folder.name}`, distilled with FlashDMD.
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}")
-image = pipe("your prompt", num_inference_steps={len(steps)}, guidance_scale=0).images[0]
+image = pipe(prompt="your prompt", num_inference_steps={len(steps)}, guidance_scale=0).images[0]
 ```
 
 Guidance is part of the weights: leave `guidance_scale` at 0; negative prompts have no effect.
