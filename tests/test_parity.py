@@ -21,7 +21,7 @@ from flashdmd import export
 from flashdmd.algorithm import Method, split
 from flashdmd.models.families.flux import packed, unpacked
 from flashdmd.models.teacher import Teacher, load_pipeline, to_uint8
-from flashdmd.sampler import Sampler
+from flashdmd.sampler import Sampler, times
 
 PROMPTS = ["fluent emoji of a strawberry", "a bird emoji"]
 SIDE = 32  # pixels
@@ -111,6 +111,18 @@ def test_prompts_are_of_one_length_and_read_alike_in_any_company(teacher: Teache
     assert all(together[k].shape[1:] == v.shape[1:] for k, v in nothing.items())
 
 
+def test_the_middle_is_a_map_of_its_own_picture(teacher: Teacher) -> None:
+    noise, cond = teacher.noise(2, 0), teacher.encode_prompts(PROMPTS)
+    feature = teacher.denoiser.bottleneck(noise, times(500, noise), cond)
+    columns = feature.shape[3]
+    side, moved = noise.shape[-1] // columns, noise.clone()
+    moved[0, :, :side, -side:] += 1  # the corner at the top right
+    change = (teacher.denoiser.bottleneck(moved, times(500, noise), cond) - feature).norm(dim=1)
+    assert change[1].max() < 1e-5
+    if teacher.family.network == "transformer":  # a UNet sees everything from everywhere
+        assert int(change[0].flatten().argmax()) == columns - 1
+
+
 def test_pictures_survive_the_autoencoder(teacher: Teacher) -> None:
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     vae = teacher.pipeline.vae
@@ -173,6 +185,15 @@ def walk(
         fresh = torch.randn(tokens(x0, pipeline).shape)  # in the pipeline's own order
         x = alpha * x0 + sigma * placed(fresh, x0)
     raise AssertionError
+
+
+def test_the_table_of_families_is_true(teacher: Teacher) -> None:
+    name = type(teacher.pipeline).__name__
+    rows = (Path(__file__).parents[1] / "docs/families.md").read_text().splitlines()
+    row = next(row for row in rows if row.startswith(f"| `{name}`"))
+    steps, guidance = row.split("|")[3:5]
+    assert ", ".join(map(str, teacher.default_steps)) in steps
+    assert f" {teacher.family.guidance:g}" in guidance
 
 
 def test_packing_is_undone() -> None:

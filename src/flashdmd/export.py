@@ -85,7 +85,8 @@ def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
 
 def notes_for(teacher: Teacher, student: NetworkDenoiser, method: Method, averaged: int) -> Notes:
     source = None if teacher.source is None else vars(teacher.source)
-    rank = student.adapter.rank if isinstance(student, AdapterDenoiser) else 0
+    loads = hasattr(teacher.pipeline, "load_lora_weights")  # PixArt's does not
+    rank = student.adapter.rank if isinstance(student, AdapterDenoiser) and loads else 0
     steps, guidance = method.student_timesteps, method.teacher_guidance_scale
     return Notes(steps, guidance, averaged, source, rank, teacher.resolution)
 
@@ -99,7 +100,8 @@ def write_student(
     averaged: int = 0,
 ) -> Path:
     """Writes `folder` whole or not at all: the teacher's pipeline with the student's network, or
-    with LoRA the adapter alone, which `load_lora_weights` reads.
+    with LoRA the adapter alone, which `load_lora_weights` reads; both where there is no such
+    method.
 
     `note` goes into its card; `averaged` are the updates in the weights, where a run from this
     student counts on. The weights are float32 as trained.
@@ -112,8 +114,8 @@ def write_student(
                 student.state_dict(), student.family.network, adapter.alpha / adapter.rank
             )
             save_file(file.tensors, beside / LORA, metadata=file.metadata)
-        else:
-            whole(teacher, student.network, method.student_timesteps).save_pretrained(beside)
+        if not notes.rank:
+            whole(teacher, student.merged(), method.student_timesteps).save_pretrained(beside)
             forget_origins(beside)
         lora = LORA if notes.rank else ""
         (beside / "README.md").write_text(model_card(folder.name, teacher, notes, note, lora))
@@ -182,7 +184,9 @@ def model_card(name: str, teacher: Teacher, notes: Notes, note: str, lora: str =
     """
     steps, base = notes.steps, teacher.folder
     guidance = plain_guidance(teacher, notes.guidance)
-    call = f'pipe("your prompt", num_inference_steps={len(steps)}, guidance_scale={guidance:g})'
+    call = (
+        f'pipe(prompt="your prompt", num_inference_steps={len(steps)}, guidance_scale={guidance:g})'
+    )
     swap = teacher.family.scheduler(teacher.pipeline, steps)
     changed = {k: v for k, v in swap.config.items() if not k.startswith("_") and differs(swap, k)}
     shift = comfy_shift(teacher, steps)

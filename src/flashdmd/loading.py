@@ -56,7 +56,7 @@ def load_lora(folder: Path, device: str = "cpu", merged: bool = False) -> Teache
     if notes.teacher is None:
         raise UserError(f"{folder} is a LoRA and does not say of which model")
     student = load_base(notes.teacher, device, "fp32" if merged else None)
-    add_lora(student.pipeline, student.family, str(folder), fused=merged)
+    add_lora(student.pipeline, str(folder), fused=merged)
     for part in student.pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)

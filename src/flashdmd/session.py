@@ -236,8 +236,10 @@ def learning(recipe: Recipe, teacher: Teacher) -> tuple[NetworkDenoiser, Network
     generator = teacher.trainable_copy("student")
     score = generator.twin("score").requires_grad_(True)
     if recipe.train.gradient_checkpointing:
-        for network in (generator.network, score.network, teacher.pipeline.vae):
+        for network in (generator.network, score.network):
             save_memory(network)
+        if teacher.pipeline.vae._supports_gradient_checkpointing:  # Qwen's and Sana's cannot
+            save_memory(teacher.pipeline.vae)
     if not lora.rank:
         teacher.hold(recipe.model.frozen_dtype)
     return generator, score

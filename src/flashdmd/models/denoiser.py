@@ -110,6 +110,10 @@ class NetworkDenoiser(nn.Module):
         floats = (p.dtype for p in self.network.parameters() if p.is_floating_point())
         return next(floats, torch.float32)
 
+    def merged(self) -> nn.Module:
+        """The network alone, what was learned in its weights."""
+        return self.network
+
     def twin(self, name: str) -> "NetworkDenoiser":
         """Another of the same weights that learns on its own, in float32; starts without gradients.
 
@@ -213,6 +217,16 @@ class AdapterDenoiser(NetworkDenoiser):
         finally:
             for layer, name in zip(self.layers, before, strict=True):
                 layer._active_adapter = name
+
+    def merged(self) -> nn.Module:
+        """In float32 and without layers of peft."""
+        assert self.name is not None
+        network = copy.deepcopy(self.network).float()
+        for path, layer in list(network.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(adapter_names=[self.name])
+                network.set_submodule(path, layer.get_base_layer())
+        return network
 
     def twin(self, name: str) -> "AdapterDenoiser":
         """Another adapter on the same network, of the same weights; starts without gradients."""

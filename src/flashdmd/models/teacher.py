@@ -14,13 +14,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flashdmd.errors import UserError
-from flashdmd.models import lora_keys
 from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
 from flashdmd.sampler import Cond, Denoiser, guided
@@ -168,8 +166,9 @@ class Teacher:
         self, prompts: list[str], noise: Float[Tensor, "B C h w"], steps: int, guidance: float
     ) -> np.ndarray:
         """(B, 3, H, W) uint8 by the pipeline's own sampler."""
-        noise = noise.to(self.device)
-        images = self.family.sample(self.pipeline, prompts, noise, steps, guidance)
+        noise, half = noise.to(self.device), self.denoiser.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):  # latents are float32
+            images = self.family.sample(self.pipeline, prompts, noise, steps, guidance)
         pictures: np.ndarray = (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
         return pictures
 
@@ -228,7 +227,7 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
         raise UserError(f"the pipeline in {source.name} cannot be loaded: {e}") from e
     pipeline.set_progress_bar_config(disable=True)
     if source.lora:
-        add_lora(pipeline, family, source.lora, source.lora_scale)
+        add_lora(pipeline, source.lora, source.lora_scale)
     family.complete(pipeline)
     check_whole(source.name, pipeline, family)
     process = family.process(pipeline)
@@ -309,21 +308,13 @@ def load_vae(name: str) -> Any:
         ) from e
 
 
-def add_lora(
-    pipeline: Any, family: Family, lora: str, scale: float = 1.0, fused: bool = True
-) -> None:
+def add_lora(pipeline: Any, lora: str, scale: float = 1.0, fused: bool = True) -> None:
     """Adds a LoRA to the weights, or lays it beside them, where rounded ones keep it whole.
 
     Raises UserError when it is not the network's.
     """
     path = Path(lora)
     try:
-        if not hasattr(pipeline, "load_lora_weights"):  # PixArt's, in diffusers 0.42
-            network = getattr(pipeline, family.network)
-            stored = load_file(path if path.is_file() else path / lora_keys.FILE_NAME)
-            adapter = {k.removeprefix(f"{family.network}."): v for k, v in stored.items()}
-            network.load_state_dict(lora_keys.merge(network.state_dict(), adapter, scale))
-            return
         where = {"weight_name": path.name} if path.is_file() else {}
         pipeline.load_lora_weights(
             str(path.parent) if path.is_file() else lora, adapter_name="lora", **where
