@@ -52,7 +52,8 @@ def export_run(
         tensors = {k: v.to(DTYPES[dtype]) for k, v in file.tensors.items()}
         write_lora(output, tensors, file.metadata, student, notes, note)
         return output, lost
-    cast(student, dtype)
+    if dtype != "fp32":  # as they are
+        cast(student, dtype)
     if form == "diffusers":
         whole = export.whole(student, student.denoiser.network, notes.steps)
         with replace_folder(output) as beside:
