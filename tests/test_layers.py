@@ -10,11 +10,12 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src/flashdmd"
 LAYERS: list[set[str]] = [  # a module may import what stands in its own line or above
     {"__init__", "errors", "files", "seeds", "schedule", "losses"},
-    {"sampler", "discriminator", "reward", "stopwatch"},
+    {"sampler", "discriminator", "reward", "stopwatch", "memory"},
     {"algorithm", "baselines"},
+    {"optimizers"},
     {"config", "checkpoint", "data", "models", "emoji", "evaluate"},
     {"trainer"},
-    {"batches", "export", "report"},
+    {"batches", "export", "report", "doctor"},
     {"session"},
     {"run"},
     {"compare"},
@@ -22,7 +23,13 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
 ]
 CORE = ("schedule", "losses", "sampler", "algorithm", "baselines", "discriminator", "reward")
 MAY_USE = {
-    "diffusers": {"models/families.py", "models/reward_unet.py", "export.py", "emoji"},
+    "diffusers": {
+        "models/families.py",
+        "models/meta.py",
+        "models/reward_unet.py",
+        "export.py",
+        "emoji",
+    },
     "transformers": {"models/families.py", "emoji"},
 }
 
