@@ -10,13 +10,14 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src/flashdmd"
 LAYERS: list[set[str]] = [  # a module may import what stands in its own line or above
     {"__init__", "errors", "files", "seeds", "schedule", "losses", "augment"},
-    {"sampler", "discriminator", "reward", "stopwatch"},
+    {"sampler", "discriminator", "reward", "stopwatch", "memory"},
     {"algorithm", "baselines"},
+    {"optimizers"},
     {"config", "checkpoint", "data", "cache", "models", "emoji", "evaluate"},
     {"trainer", "preferences"},
     {"batches", "export", "report", "drawing", "reward_fit"},
     {"loading", "sources"},
-    {"session", "initial", "publish"},
+    {"session", "initial", "publish", "doctor"},
     {"run"},
     {"compare"},
     {"cli", "__main__"},

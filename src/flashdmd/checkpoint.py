@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flashdmd.errors import UserError
 from flashdmd.files import replace_folder
+from flashdmd.optimizers import moments, restore_moments
 
 
 def save(
@@ -107,21 +108,3 @@ def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
 def trained(network: nn.Module) -> dict[str, Tensor]:
     """The parameters that belong to a checkpoint: all but those of a frozen backbone."""
     return {k: p for k, p in network.named_parameters() if not k.startswith("backbone.")}
-
-
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as flat tensors, `{parameter number}.{name}`."""
-    return {
-        f"{i}.{key}": value
-        for i, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-
-
-def restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

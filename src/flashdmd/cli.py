@@ -83,6 +83,18 @@ def train(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or emoji-score or emoji-flow.")],
+    overrides: Overrides = None,
+) -> None:
+    """What memory a run needs, before anything is loaded, and what to change."""
+    from flashdmd import config
+    from flashdmd.doctor.recipe import examine
+
+    typer.echo(examine(config.read(recipe, overrides or [])))
+
+
+@app.command()
 def reward(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, such as recipes/reward-sdxl.yaml.")],
     overrides: Annotated[

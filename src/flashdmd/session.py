@@ -25,8 +25,10 @@ from flashdmd.files import cut_torn_line, stoppable, write_text
 from flashdmd.loading import RewardModel, load_reward, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
+from flashdmd.models.quantise import quantise_base
 from flashdmd.models.teacher import DTYPES, Teacher
 from flashdmd.models.vision import load_backbone
+from flashdmd.optimizers import make_optimizer
 from flashdmd.sampler import Sampler
 from flashdmd.sources import cache_embeddings, cache_latents, known_prompts, open_source, prompts_of
 from flashdmd.stopwatch import Stopwatch
@@ -181,12 +183,13 @@ def open_session(recipe: Recipe) -> Session:
     }
     learners = {}
     for name, (network, rate, clip) in rates.items():
-        optimizer = torch.optim.AdamW(
+        optimizer = make_optimizer(
             (p for p in network.parameters() if p.requires_grad),
             lr=rate,
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.adam_weight_decay,
             eps=train.adam_epsilon,
+            eight_bit=train.use_8bit_adam,
         )
         learners[name] = Learner(network, optimizer, rate, train.lr_warmup_steps, clip)
     judged_by = recipe.model.reward_model_name_or_path
@@ -230,8 +233,7 @@ def learning(recipe: Recipe, teacher: Teacher) -> tuple[NetworkDenoiser, Network
     if lora.rank:
         layers = lora.lora_layers or teacher.family.lora_layers
         adapter = Adapter(lora.rank, float(lora.lora_alpha or lora.rank), layers)
-        if recipe.model.quantize_base != "none":
-            raise UserError("model.quantize_base is not there yet")
+        quantise_base(frozen.network, recipe.model.quantize_base)
         teacher.denoiser = AdapterDenoiser(frozen.network, frozen.family, frozen.process, adapter)
     generator = teacher.trainable_copy("student")
     score = generator.twin("score").requires_grad_(True)

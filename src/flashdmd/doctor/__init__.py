@@ -1,0 +1,1 @@
+"""`flashdmd doctor`: a run's memory, before anything is loaded."""
