@@ -1,5 +1,6 @@
 """Family by family: x_0_hat, guidance and prompts are what the stock pipeline itself computes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     QwenImagePipeline,
 )
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from flashdmd import export
 from flashdmd.algorithm import Method, split
+from flashdmd.errors import UserError
 from flashdmd.models.families.flux import packed, unpacked
 from flashdmd.models.teacher import Teacher, load_pipeline, to_uint8
 from flashdmd.sampler import Sampler, times
@@ -80,7 +83,7 @@ def placed(x: Tensor, like: Tensor) -> Tensor:
 
 def tokens(x: Tensor, pipeline: Any) -> Tensor:
     """The inverse of `placed`."""
-    if isinstance(pipeline, Flux2KleinPipeline):
+    if isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline):
         return x.flatten(2).transpose(1, 2)
     return packed(x) if isinstance(pipeline, FluxPipeline | QwenImagePipeline) else x
 
@@ -239,3 +242,27 @@ def saved(pipeline: Any, folder: Path) -> Path:
                 torch.nn.init.normal_(p, std=0.1)
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "value", "message"),
+    [
+        ("klein", "model_index.json", {"is_distilled": True}, "few-step student already"),
+        ("sana", "scheduler/scheduler_config.json", {"use_flow_sigmas": False}, "use_flow_sigmas"),
+        ("sana", "scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "'epsilon'"),
+        (
+            "pixart",
+            "scheduler/scheduler_config.json",
+            {"beta_schedule": "squaredcos_cap_v2"},
+            "over 1000",
+        ),
+    ],
+)
+def test_what_is_no_teacher_of_its_family_is_refused(
+    kind: str, file: str, value: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny_dits.pipeline(kind).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(content | value))
+    with pytest.raises(UserError, match=message):
+        load_pipeline(tmp_path)

@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
@@ -30,6 +31,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -115,7 +118,7 @@ def pixart() -> PixArtSigmaPipeline:
 
 def zimage() -> ZImagePipeline:
     return ZImagePipeline(
-        scheduler=flow(shift=3.0),
+        scheduler=flow(shift=6.0),
         vae=vae(quant_conv=False),
         text_encoder=Qwen3Model(Qwen3Config(**decoder_only(3))),
         tokenizer=qwen_tokenizer(),
@@ -212,32 +215,82 @@ def sana() -> SanaPipeline:
     )
 
 
+def whitened() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=4,
+        sample_size=4 * SIDE,
+    )
+
+
+def flux2_network(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=4 * CHANNELS,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def flux2() -> Flux2Pipeline:
+    """It reads its text encoder after layers 10, 20 and 30.
+
+    A tokenizer stands where dev has a processor, whose class needs torchvision; both answer
+    `apply_chat_template` alike.
+    """
+    marks = ["<pad>", "</s>", "<s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(marks + letters)},
+        merges=[],
+        unk_token="<pad>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        extra_special_tokens=marks[2:],
+    )
+    words.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}"
+        "{% endfor %}{% endfor %}"
+    )
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+        "head_dim": 8,
+        "model_type": "pixtral",
+    }
+    text = {**decoder_only(30), "model_type": "mistral"}
+    return Flux2Pipeline(
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=whitened(),
+        text_encoder=Mistral3ForConditionalGeneration(
+            Mistral3Config(vision_config=vision, text_config=text, image_token_index=3)
+        ),
+        tokenizer=words,
+        transformer=flux2_network(guidance_embeds=True),
+    )
+
+
 def klein() -> Flux2KleinPipeline:
-    """It reads its text encoder at layers 9, 18 and 27."""
+    """It reads its text encoder after layers 9, 18 and 27."""
     return Flux2KleinPipeline(
         scheduler=flow(use_dynamic_shifting=True),
-        vae=AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(4, 8),
-            layers_per_block=1,
-            latent_channels=CHANNELS,
-            norm_num_groups=4,
-            sample_size=4 * SIDE,
-        ),
+        vae=whitened(),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(**decoder_only(27))),
         tokenizer=qwen_tokenizer(),
-        transformer=Flux2Transformer2DModel(
-            in_channels=4 * CHANNELS,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=3 * WIDTH,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ),
+        transformer=flux2_network(guidance_embeds=False),
     )
 
 
@@ -279,6 +332,7 @@ MAKE = {
     "zimage": zimage,
     "qwen": qwen,
     "sana": sana,
+    "flux2": flux2,
     "klein": klein,
     "lumina": lumina,
 }

@@ -2,7 +2,7 @@
 
 from flashdmd.models.families.base import Family
 from flashdmd.models.families.flux import Flux
-from flashdmd.models.families.flux_2 import Flux2Klein
+from flashdmd.models.families.flux_2 import Flux2
 from flashdmd.models.families.lumina_2 import Lumina2
 from flashdmd.models.families.pixart import PixArtSigma
 from flashdmd.models.families.qwen_image import QwenImage
@@ -20,7 +20,7 @@ KNOWN: tuple[type[Family], ...] = (
     ZImage,
     QwenImage,
     Sana,
-    Flux2Klein,
+    Flux2,
     Lumina2,
 )
 FAMILIES: dict[str, type[Family]] = {name: f for f in KNOWN for name in f.pipelines}

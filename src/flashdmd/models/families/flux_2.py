@@ -1,4 +1,4 @@
-"""FLUX.2 klein: a token is 2 x 2 places of the autoencoder, whitened; Qwen3 reads the words."""
+"""FLUX.2, dev and klein: a token is 2 x 2 places of the autoencoder, whitened."""
 
 from typing import Any
 
@@ -12,12 +12,18 @@ from flashdmd.sampler import Cond
 from flashdmd.schedule import STEPS
 
 
-class Flux2Klein(Family):
-    """A latent's place is a token: four times the autoencoder's channels, twice its pixels."""
+class Flux2(Family):
+    """A latent's place is a token: four times the autoencoder's channels, twice its pixels.
 
-    pipelines = ("Flux2KleinPipeline",)
-    guidance = 4.0  # the pipeline's own default
+    dev is told its guidance (one call); klein, which is not, is guided by two.
+    """
+
+    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    guidance = 4.0  # the pipelines' own default
     lora_layers = (*JOINT_ATTENTION, "to_qkv_mlp_proj")
+
+    def embeds_guidance(self, pipeline: Any) -> bool:
+        return bool(pipeline.transformer.config.guidance_embeds)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], device: torch.device) -> Cond:
         embeds, _ = pipeline.encode_prompt(prompts, device)
@@ -28,6 +34,7 @@ class Flux2Klein(Family):
         out: Tensor = network(
             hidden_states=x_t.flatten(2).transpose(1, 2),
             timestep=t / STEPS,
+            guidance=cond.get("guidance"),
             encoder_hidden_states=words,
             txt_ids=grid(words, (1, 1, 1, words.shape[1])),
             img_ids=grid(words, (1, x_t.shape[2], x_t.shape[3], 1)),
@@ -58,7 +65,7 @@ class Flux2Klein(Family):
 
     def check(self, pipeline: Any) -> None:
         super().check(pipeline)
-        if pipeline.config.is_distilled:
+        if pipeline.config.get("is_distilled"):
             raise UserError(
                 "model_index.json says is_distilled, so it is a few-step student already; give "
                 "the base model that it came from"
