@@ -3,7 +3,8 @@
     python benchmarks/families.py [kind ...]
 
 A row is of one kind of pipeline with random weights. Parity: the largest difference between our
-guided x_0_hat and what the stock pipeline hands to its scheduler, over three steps. Stages: two
+guided x_0_hat and what the stock pipeline hands to its scheduler, over three steps, relative to the
+largest |x_0_hat| or 1. Stages: two
 iterations (of stage 2: one distilling and one preference update), in full and with LoRA; the
 largest change of a weight is shown. Back: the largest difference, in 255ths, between the picture of
 the student in the run and that of the folder loaded by stock diffusers and called plainly.
@@ -64,7 +65,7 @@ def measured(kind: str, where: Path) -> Row:
             seen = parity.stock_steps(teacher, guidance, patch)
         teacher.guidance = guidance
         cond, real = teacher.encode_prompts(parity.PROMPTS), teacher.guided(guidance)
-        errors = [(real(x_t, t, cond) - theirs).abs().max() for x_t, t, theirs in seen]
+        errors = [relative(real(x_t, t, cond), theirs) for x_t, t, theirs in seen]
         row.parity[guidance] = float(torch.stack(errors).max())
     if kind in REWARDED:
         base = latent_reward.open_base(str(where / "teacher"))
@@ -79,6 +80,11 @@ def measured(kind: str, where: Path) -> Row:
             row.stages[f"2 {mode}"] = stage(run, "joint", 3)
         row.back |= loaded_back(run, where / f"run-{mode}", rank)
     return row
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """The largest difference, to 1 or to the largest number, which is larger at high noise."""
+    return (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)
 
 
 def pictures(folder: Path) -> None:

@@ -184,9 +184,11 @@ def model_card(name: str, teacher: Teacher, notes: Notes, note: str, lora: str =
     """
     steps, base = notes.steps, teacher.folder
     guidance = plain_guidance(teacher, notes.guidance)
-    call = (
-        f'pipe(prompt="your prompt", num_inference_steps={len(steps)}, guidance_scale={guidance:g})'
-    )
+    asked = {"num_inference_steps": len(steps), "guidance_scale": guidance} | teacher.family.call
+    if notes.resolution not in (0, teacher.family.resolution(teacher.pipeline)):
+        asked |= {"height": notes.resolution, "width": notes.resolution}
+    said = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in asked.items())
+    call = f'pipe(prompt="your prompt", {said})'
     swap = teacher.family.scheduler(teacher.pipeline, steps)
     changed = {k: v for k, v in swap.config.items() if not k.startswith("_") and differs(swap, k)}
     shift = comfy_shift(teacher, steps)

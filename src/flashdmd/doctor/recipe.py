@@ -14,8 +14,6 @@ from flashdmd.models import meta
 from flashdmd.models.families import FAMILIES, Family
 from flashdmd.models.teacher import family_of, index_of
 
-RANKED = "flash-dmd"
-
 
 def examine(recipe: Recipe) -> str:
     """The table of a recipe's memory, and what to change. Nothing is loaded but configurations.
@@ -69,7 +67,11 @@ def kind_of(where: str) -> Family:
 
 def seen_by(recipe: Recipe) -> tuple[nn.Module | None, int]:
     """The discriminator's backbone, and the bytes of the reward's weights."""
-    backbone = None if recipe.train.arm != RANKED else meta.backbone(recipe.discriminator.backbone)
+    critic, saving = recipe.discriminator, recipe.train.gradient_checkpointing
+    backbone = None
+    if recipe.train.arm == "flash-dmd":
+        plain = critic.backbone == "efficientnet-lite0"
+        backbone = meta.backbone(critic.backbone, critic.blocks, saving and not plain)
     reward = recipe.model.reward_model_name_or_path
     folder = ASSETS / "reward" if reward == "emoji-reward" else Path(reward or ".")
     return backbone, meta.stored_bytes(folder) if reward and folder.is_dir() else 0

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
+from transformers import AutoConfig, SamVisionModel
 
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
+from flashdmd.models.vision import DINOS, SAMS, of_blocks
 
 KNOWN = Path(__file__).parent / "known"
 DENOISERS = ("unet", "transformer")
@@ -133,37 +134,40 @@ def build(name: str, config: dict[str, Any]) -> nn.Module:
     return network.to("meta").requires_grad_(False).eval()
 
 
-def backbone(name: str) -> nn.Module:
-    """The discriminator's frozen backbone, by hub id or efficientnet-lite0: pictures to maps."""
+def backbone(
+    name: str, blocks: tuple[int, ...] | None = None, checkpointing: bool = False
+) -> nn.Module:
+    """The discriminator's frozen backbone: by well-known hub id, by folder, or efficientnet-lite0.
+
+    Raises UserError for one whose size is not known here.
+    """
     if name == "efficientnet-lite0":
         return EfficientNetLite(0).to("meta")
     known = table("backbones")
-    if name not in known:
+    if name in known and not Path(name).is_dir():
+        network = known_part(known[name])
+    else:
+        network = read_backbone(name, known)
+    return of_blocks(name, network, blocks=blocks, checkpointing=checkpointing).to("meta")
+
+
+def read_backbone(name: str, known: dict[str, Any]) -> nn.Module:
+    """A SAM or a DINO in a folder, or in the hub's cache, without its weights."""
+    folder = Path(name) if Path(name).is_dir() else cached(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True) if folder else None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}/config.json cannot be used: {e}") from e
+    kind = getattr(config, "model_type", None)
+    if kind not in (*SAMS, *DINOS):
         raise UserError(
-            f"discriminator.backbone={name!r} is not known; known are efficientnet-lite0, "
-            f"{', '.join(known)}"
+            f"discriminator.backbone={name!r}: its size is not known here; known are a folder of a "
+            f"SAM or a DINO, efficientnet-lite0, {', '.join(known)}"
         )
-    return Levels(known_part(known[name]))
-
-
-class Levels(nn.Module):
-    """Four levels of a vision transformer as maps (B, C, h, w), from patches or from tokens."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        config: Any = self.network.config
-        if hasattr(config, "window_size"):  # SAM sees pictures of one size alone
-            images = F.interpolate(images, (config.image_size, config.image_size), mode="bilinear")
-        states = self.network(images, output_hidden_states=True).hidden_states
-        quarter = config.num_hidden_layers // 4
-        side = images.shape[-1] // config.patch_size
-        maps = [states[i * quarter] for i in range(1, 5)]
-        if maps[0].ndim == 3:  # (B, 1 + N, C), the class token first
-            maps = [m[:, 1:].unflatten(1, (side, side)) for m in maps]
-        return [m.permute(0, 3, 1, 2) for m in maps]
+    made: Any = DINOS.get(kind, SamVisionModel)
+    with torch.device("meta"):
+        network: nn.Module = made(getattr(config, "vision_config", config))
+    return network.requires_grad_(False).eval()
 
 
 def add_adapter(network: nn.Module, name: str, rank: int, layers: tuple[str, ...] = ()) -> None:

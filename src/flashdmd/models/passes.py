@@ -102,7 +102,13 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The fused kernel, which keeps a number for each query and no table of queries and keys."""
+    """The fused kernel, which keeps a number for each query and no table of queries and keys.
+
+    A mask that gradients go through, SAM's relative positions, has none: there the table is kept.
+    """
+    if attn_mask is not None and attn_mask.requires_grad:
+        table = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5) + attn_mask
+        return table.softmax(-1) @ value
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     if enable_gqa:

@@ -223,24 +223,33 @@ def load_backbone(
     folder = folder_of(name)
     kind = str(read_json(folder / "config.json").get("model_type"))
     statistics = statistics_of(folder)
-    if kind in SAMS:
-        encoder = pretrained(SamVisionModel, folder, dtype).vision_encoder
-        config = encoder.config
-        of_global_attention = tuple(config.global_attn_indexes)
-        taken = of_global_attention if blocks is None else blocks
-        taken = chosen(name, taken, len(encoder.layers))
-        maps = SamMaps(encoder, taken, checkpointing)
-        return Vision(maps, statistics, int(config.patch_size), longer_side)
-    if kind in DINOS:
-        network = pretrained(DINOS[kind], folder, dtype)
-        taken = chosen(name, blocks, int(network.config.num_hidden_layers))
-        maps = DinoMaps(network, taken, checkpointing)
-        return Vision(maps, statistics, int(network.config.patch_size), longer_side)
+    if kind in SAMS or kind in DINOS:
+        network = pretrained(DINOS.get(kind, SamVisionModel), folder, dtype)
+        return of_blocks(name, network, statistics, blocks, longer_side, checkpointing)
     if kind not in PYRAMIDS:
         raise UserError(f"{name} is of model_type={kind!r}; accepted are {ACCEPTED}")
     refuse_checkpointing(name, checkpointing)
     maps = PyramidMaps(pyramid(name, folder, dtype, blocks))
     return Vision(maps, statistics, longer_side=longer_side)
+
+
+def of_blocks(
+    name: str,
+    network: Any,
+    statistics: Statistics = IMAGENET,
+    blocks: tuple[int, ...] | None = None,
+    longer_side: int | None = None,
+    checkpointing: bool = False,
+) -> Vision:
+    """A SAM or a DINO as a backbone; `name` is what an error calls it."""
+    if isinstance(network, SamVisionModel):
+        encoder = network.vision_encoder
+        taken = tuple(encoder.config.global_attn_indexes) if blocks is None else blocks
+        maps: nn.Module = SamMaps(encoder, chosen(name, taken, len(encoder.layers)), checkpointing)
+    else:
+        taken = chosen(name, blocks, int(network.config.num_hidden_layers))
+        maps = DinoMaps(network, taken, checkpointing)
+    return Vision(maps, statistics, int(network.config.patch_size), longer_side)
 
 
 def pyramid(name: str, folder: Path, dtype: torch.dtype, blocks: tuple[int, ...] | None) -> Any:
