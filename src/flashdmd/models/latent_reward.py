@@ -35,7 +35,7 @@ from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
 T5_TOKENS = 256  # of a prompt, as Stable Diffusion 3's pipeline reads it
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 NOTHING = ([None, None], (None, None))  # an entry of an index whose part is not there
-SWITCH = "gradient_checkpointing"  # diffusers' blocks have it, off
+SWITCH = "gradient_checkpointing"  # blocks of diffusers and transformers have it, off
 IDLE = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines not used here
 
 transformers_logging.disable_progress_bar()
@@ -172,13 +172,10 @@ class LRM(nn.Module):
 
     def save_memory(self) -> None:
         """Activations are computed anew in the backward pass instead of being kept."""
-        blocks: list[Any] = [m for m in self.network.modules() if hasattr(m, SWITCH)]
+        blocks: list[Any] = [m for m in self.learned().modules() if hasattr(m, SWITCH)]
         for block in blocks:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        encoders: Any = self.words.encoders if self.facts.learns_words else ()
-        for encoder in encoders:
-            encoder.gradient_checkpointing_enable()
 
 
 def open_base(name: str, without: tuple[str, ...] = ()) -> Any:
