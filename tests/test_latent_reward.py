@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flashdmd.errors import UserError
 from flashdmd.models import latent_reward
-from flashdmd.models.latent_reward import LRM, build, load, open_base, write
+from flashdmd.models.latent_reward import build, load, open_base, write
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
 from flashdmd.reward import GUIDANCE
@@ -168,6 +169,7 @@ def test_the_score_is_the_formula_on_the_stock_unets_own_maps(
         reward(x, T, reward.encode_prompts(PROMPTS)), 14.2848 * cosine, atol=1e-4, rtol=1e-4
     )
     assert GUIDANCE == 7.5
+    assert ("text.weight" in reward.network.state_dict()) == (kind == "sd")
     assert list(reward.network.visual.weight.shape) == ([32, 96] if kind == "sd" else [24, 72])
 
 
@@ -222,20 +224,25 @@ def test_what_is_recomputed_has_the_same_gradients(kind: str, folders: dict[str,
         reward.network(x, T, reward.words(PROMPTS)).square().sum().backward()
         return {k: p.grad.clone() for k, p in reward.named_parameters() if p.grad is not None}
 
-    kept = gradients()
-    before = count_saved(reward, x)
+    def saved() -> tuple[int, int]:
+        return elements_of(lambda: reward.network(x, T, reward.encode_prompts(PROMPTS))), (
+            elements_of(lambda: reward.words(PROMPTS))
+        )
+
+    kept, before = gradients(), saved()
     reward.save_memory()
-    again = gradients()
+    again, after = gradients(), saved()
     assert kept.keys() == again.keys()
     for name, gradient in kept.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-5, rtol=1e-4)
-    assert count_saved(reward, x) < 0.8 * before
+    assert after[0] < 0.8 * before[0]
+    assert after[1] < 0.8 * before[1] or kind == "sd3"
     taught = {k.split(".")[0] for k in kept}
     assert taught == ({"network"} if kind == "sd3" else {"network", "words"})
 
 
-def count_saved(reward: LRM, x: Tensor) -> int:
-    """Elements that the graph holds."""
+def elements_of(forward: Callable[[], object]) -> int:
+    """How many the graph of a forward holds."""
     sizes: list[int] = []
 
     def pack(saved: Tensor) -> Tensor:
@@ -243,8 +250,18 @@ def count_saved(reward: LRM, x: Tensor) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        reward.network(x, T, reward.words(PROMPTS))
+        forward()
     return sum(sizes)
+
+
+def test_training_does_not_change_the_pipeline_it_was_built_from(
+    folders: dict[str, Path],
+) -> None:
+    pipeline = pipeline_of(folders["sdxl"])
+    parts = [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+    before = [p.clone() for part in parts for p in part.parameters()]
+    stirred(build(pipeline, "base").learned())
+    assert all(map(torch.equal, before, [p for part in parts for p in part.parameters()]))
 
 
 @pytest.mark.parametrize("learns_words", [None, False])
@@ -292,6 +309,7 @@ def test_half_precision_scores_nearly_the_same(folders: dict[str, Path], tmp_pat
     with torch.no_grad():
         expected = reward(x, T, reward.encode_prompts(PROMPTS))
         scores = half(x, T, half.encode_prompts(PROMPTS))
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=0.05, rtol=0)  # of up to 14
 
@@ -306,6 +324,9 @@ def test_other_latents_are_refused(kind: str, folders: dict[str, Path], tmp_path
     if kind == "sd3":
         with pytest.raises(UserError, match="of a flow and this teacher is not"):
             load(tmp_path / "reward", VP, vae)
+    vae.register_to_config(shift_factor=0.5)
+    with pytest.raises(UserError, match=r"are of .*0\.5"):
+        load(tmp_path / "reward", process_of(kind), vae)
     vae.register_to_config(scaling_factor=0.13)
     with pytest.raises(UserError, match=r"scores latents of .*0\.7.* are of .*0\.13"):
         load(tmp_path / "reward", process_of(kind), vae)
