@@ -5,17 +5,28 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import networks
 import pytest
 import tiny_reward
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny_reward import KINDS, PROMPTS, residuals, stirred
+from tiny_reward import PROMPTS, residuals, stirred
 from torch import Tensor
 
+from flashdmd.algorithm import split
 from flashdmd.errors import UserError
-from flashdmd.models import latent_reward
-from flashdmd.models.latent_reward import build, load, open_base, write
+from flashdmd.models import families
+from flashdmd.models.latent_reward import (
+    KINDS,
+    NETWORKS,
+    Facts,
+    build,
+    load,
+    network_of,
+    open_base,
+    write,
+)
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
 from flashdmd.reward import GUIDANCE
@@ -29,7 +40,7 @@ T = torch.tensor([1.0, 501.0, 951.0])
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {kind: tiny_reward.folder_of(kind, root / kind) for kind in KINDS}
+    return {kind: tiny_reward.folder_of(kind, root / kind) for kind in tiny_reward.KINDS}
 
 
 def pipeline_of(folder: Path) -> DiffusionPipeline:
@@ -96,6 +107,48 @@ def test_the_trunk_of_sd3_sees_the_image_tokens_after_three_quarters_of_the_bloc
     assert len(EarlyBlocks(transformer, depth=1).transformer_blocks) == 1
 
 
+SIZES = {  # the published configs, as far as they decide a shape here
+    "StableDiffusionPipeline": ({"cross_attention_dim": 768}, (768, 4800)),
+    "StableDiffusionXLPipeline": (
+        {
+            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+            "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+            "block_out_channels": [320, 640, 1280],
+            "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 10],
+            "use_linear_projection": True,
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        (1280, 3520),
+    ),
+    "StableDiffusion3Pipeline": (
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
+        (2048, 1536),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_at_the_published_sizes_the_projection_has_lpos_shape(name: str) -> None:
+    """4800 -> 768, 3520 -> 1280; of SD3 the tokens after block 18, 1536 wide, to both CLIPs'."""
+    config, shape = SIZES[name]
+    with torch.device("meta"):
+        whole = NETWORKS[KINDS[name].network](**config)
+        reward = network_of(whole, Facts(name, "base", True, dict(whole.config), 8, {}))
+    assert tuple(reward.visual.weight.shape) == shape
+    if name == "StableDiffusion3Pipeline":
+        assert len(reward.trunk.transformer_blocks) == 18
+
+
 def stock_prompts(kind: str, pipeline: DiffusionPipeline, prompts: list[str]) -> list[Tensor]:
     """(tokens, pooled) of the pipeline's own encode_prompt."""
     if kind == "sd":
@@ -115,7 +168,7 @@ def stock_prompts(kind: str, pipeline: DiffusionPipeline, prompts: list[str]) ->
     return [tokens, pooled]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_reward.KINDS)
 def test_prompts_are_read_as_the_pipeline_reads_them(kind: str, folders: dict[str, Path]) -> None:
     pipeline = pipeline_of(folders[kind])
     cond = build(pipeline, "base").encode_prompts(PROMPTS)
@@ -173,7 +226,7 @@ def test_the_score_is_the_formula_on_the_stock_unets_own_maps(
     assert list(reward.network.visual.weight.shape) == ([32, 96] if kind == "sd" else [24, 72])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_reward.KINDS)
 def test_a_batch_may_be_permuted_and_repeated(kind: str, folders: dict[str, Path]) -> None:
     reward = build(pipeline_of(folders[kind]), "base")
     cond, x, order = reward.encode_prompts(PROMPTS), torch.randn(3, 4, 8, 8), [2, 0, 1]
@@ -213,7 +266,7 @@ def test_a_flows_latents_are_scored_as_those_of_the_trunks_process(
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_reward.KINDS)
 def test_what_is_recomputed_has_the_same_gradients(kind: str, folders: dict[str, Path]) -> None:
     reward = build(pipeline_of(folders[kind]), "base")
     reward.learned().train()
@@ -265,7 +318,7 @@ def test_training_does_not_change_the_pipeline_it_was_built_from(
 
 
 @pytest.mark.parametrize("learns_words", [None, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_reward.KINDS)
 def test_a_reward_is_read_as_it_was_written(
     kind: str, learns_words: bool | None, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -298,6 +351,29 @@ def test_a_reward_is_read_as_it_was_written(
         torch.testing.assert_close(shared(x, T, shared.encode_prompts(PROMPTS)), scores)
     write(loaded, tmp_path / "elsewhere/reward")
     load(tmp_path / "elsewhere/reward", process_of(kind), vae)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+def test_stage_2_may_ask_it(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The candidates of a real teacher's walk, best and worst by this reward."""
+    write(build(pipeline_of(folders[kind]), str(folders[kind])), tmp_path / "reward")
+    teacher = families.load(folders[kind])
+    reward = load(tmp_path / "reward", teacher.process, teacher.pipeline.vae)
+    steps = teacher.default_steps
+    generator = teacher.trainable_copy()
+    algorithm = networks.flash(
+        teacher.process,
+        split(steps),
+        generator=generator,
+        reference=teacher.denoiser,
+        reward=reward,
+    )
+    noise, cond = torch.randn(3, *teacher.latent_shape), teacher.encode_prompts(PROMPTS)
+    reward_cond = reward.encode_prompts(PROMPTS)
+    loss = algorithm.preference_loss(noise, cond, reward_cond)
+    assert loss.watch["reward/best"] > loss.watch["reward/worst"] + 0.01
+    loss.terms["preference"].backward()
+    assert networks.has_gradient(generator)
 
 
 def test_half_precision_scores_nearly_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -373,8 +449,3 @@ def test_a_unet_that_is_fed_what_nothing_here_gives_is_refused() -> None:
     unet.class_embedding = torch.nn.Embedding(3, 32)
     with pytest.raises(UserError, match="class_embedding cannot be the trunk"):
         EncoderHalf(unet)
-    assert latent_reward.KINDS.keys() == {
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
-        "StableDiffusion3Pipeline",
-    }
