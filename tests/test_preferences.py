@@ -138,6 +138,16 @@ def test_counts_of_a_prompt_are_made_where_they_are_not_given(tmp_path: Path) ->
     assert pairs.per_prompt.tolist() == [2, 2, 1, 1]
 
 
+def test_a_label_that_is_said_not_to_be_one_is_none(tmp_path: Path) -> None:
+    rows = as_lines(tmp_path)
+    rows[0]["has_label"] = False
+    for row in rows[1:]:
+        row["has_label"] = True
+    pairs, counts = open_preferences(lines(tmp_path, rows))
+    assert pairs.rows.tolist() == [1, 2, 4]
+    assert counts["without a label"] == 2
+
+
 def test_a_picture_is_resized_and_not_cropped() -> None:
     wide = np.zeros((8, 32, 3), np.uint8)
     wide[:, 16:] = (255, 128, 0)

@@ -256,12 +256,7 @@ def train(fit: Fit, output: Path, readers: Executor) -> None:
     """Updates to `max_train_steps`; checkpoints and metrics.jsonl in `output`."""
     recipe, learned = fit.recipe, fit.reward.learned()
     parameters = [p for p in learned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        weight_decay=recipe.adam_weight_decay,
-    )
+    optimizer = optimizer_of(recipe, parameters)
     start = resumed(fit, output, learned, optimizer)
     log = output / "metrics.jsonl"
     cut_torn_line(log)
@@ -285,6 +280,15 @@ def train(fit: Fit, output: Path, readers: Executor) -> None:
                 checkpoint.prune(output, recipe.checkpoints_total_limit)
             if stop:
                 raise Interrupted(f"stopped after {step + 1} updates; saved in {output}")
+
+
+def optimizer_of(recipe: RewardRecipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        weight_decay=recipe.adam_weight_decay,
+    )
 
 
 def update(

@@ -5,9 +5,8 @@ speaks is a matter of which adapter is on: none (the teacher), the student's, th
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from flashdmd.errors import UserError
 from flashdmd.models.families import Family
+from flashdmd.models.recompute import Context, recomputed, running
 from flashdmd.sampler import Cond
 from flashdmd.schedule import Process
 
 FEW_PLACES = 256
-Context = Callable[[], AbstractContextManager[Any]]
-running: ContextVar[Context] = ContextVar("running", default=nullcontext)  # the forward's that runs
 
 
 def attention(x_t: Float[Tensor, "B C H W"], learning: bool) -> AbstractContextManager[None]:
@@ -40,17 +37,6 @@ def attention(x_t: Float[Tensor, "B C H W"], learning: bool) -> AbstractContextM
         plain: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
         return plain
     return nullcontext()
-
-
-def recomputed(module: Callable[..., Any], *inputs: Any) -> Any:
-    """Gradient checkpointing that runs again as the first time: same adapter, same attention.
-
-    By the time of the backward pass another network may have spoken through the same weights.
-    """
-    again = running.get()
-    return checkpoint(
-        module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
-    )
 
 
 class NetworkDenoiser(nn.Module):

@@ -6,7 +6,6 @@ computed and `memory.Live` counts what lives. Two batch sizes give the line.
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -16,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from flashdmd.discriminator import Discriminator
 from flashdmd.memory import Live
 from flashdmd.models.meta import add_adapter, inputs
+from flashdmd.models.recompute import recomputed, running
 
 Device = Literal["cpu", "cuda"]
 Line = tuple[int, int]  # bytes of any batch, and bytes more of each example
@@ -120,16 +119,9 @@ def attention(
     return out
 
 
-def save_memory(network: Any, half: bool, device: Device) -> None:
+def save_memory(network: Any) -> None:
     """Gradient checkpointing that computes again as the first time."""
-
-    def run(module: Callable[..., Any], *inputs: Any) -> Any:
-        again = _Kernels(half, device)
-        return checkpoint(
-            module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again)
-        )
-
-    network.enable_gradient_checkpointing(run)
+    network.enable_gradient_checkpointing(recomputed)
 
 
 def measure(
@@ -148,12 +140,14 @@ def measure(
     kernels: Any = torch.autocast("cpu", torch.bfloat16, enabled=half)
     if any(p.is_meta for p in network.parameters()):
         kernels = _Kernels(half, device)
+    token = running.set(lambda: kernels)
     with Live() as live:
         with kernels:
             out = forward()
             kept = live.now
         if out.requires_grad:
             out.float().sum().backward()
+    running.reset(token)
     for hook in hooks:
         hook.remove()
     return kept, live.peak
@@ -205,7 +199,7 @@ def denoiser_pass(
     if learns and not rank:
         network.requires_grad_(True)
     if checkpointing:
-        save_memory(network, half, device)
+        save_memory(network)
 
     def run(batch: int) -> tuple[int, int]:
         with torch.set_grad_enabled(learns):
@@ -221,7 +215,7 @@ def decoder_pass(
     """From latents to pictures and back to the latents, through a frozen decoder in float32."""
     decoder: Any = copy.deepcopy(vae)
     if checkpointing:
-        save_memory(decoder, half, device)
+        save_memory(decoder)
     channels = int(decoder.config.get("latent_channels") or decoder.config.z_dim)
 
     def run(batch: int) -> tuple[int, int]:

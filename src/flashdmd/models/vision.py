@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     AutoConfig,
@@ -31,6 +30,7 @@ from transformers.utils import logging
 
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
+from flashdmd.models.recompute import recomputed
 
 ACCEPTED = (
     "efficientnet-lite0, timm:NAME, or a folder or hub id of a SAM, a DINOv2, a DINOv3 or another "
@@ -172,7 +172,7 @@ def walk(
     """
     states = []
     for i, block in enumerate(blocks):
-        run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
+        run = partial(recomputed, block) if checkpointing else block
         x = run(x, **given)
         if i in taken:
             states.append(x)
