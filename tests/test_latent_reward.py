@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flashdmd.algorithm import split
 from flashdmd.errors import UserError
-from flashdmd.models import families
 from flashdmd.models.latent_reward import (
     KINDS,
     NETWORKS,
@@ -29,6 +28,7 @@ from flashdmd.models.latent_reward import (
 )
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
+from flashdmd.models.teacher import load_pipeline
 from flashdmd.reward import GUIDANCE
 from flashdmd.sampler import repeat
 from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
@@ -357,7 +357,7 @@ def test_a_reward_is_read_as_it_was_written(
 def test_stage_2_may_ask_it(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """The candidates of a real teacher's walk, best and worst by this reward."""
     write(build(pipeline_of(folders[kind]), str(folders[kind])), tmp_path / "reward")
-    teacher = families.load(folders[kind])
+    teacher = load_pipeline(folders[kind])
     reward = load(tmp_path / "reward", teacher.process, teacher.pipeline.vae)
     steps = teacher.default_steps
     generator = teacher.trainable_copy()

@@ -93,11 +93,10 @@ def unet(**more: Any) -> UNet2DConditionModel:
         out_channels=CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16, 16),
         layers_per_block=2,
         attention_head_dim=2,
         norm_num_groups=4,
-        **more,
+        **{"block_out_channels": (8, 16, 16), **more},
     )
 
 

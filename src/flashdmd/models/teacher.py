@@ -100,7 +100,8 @@ class Teacher:
 
     def hold(self, dtype: Precision) -> None:
         """Rounds the network, which is frozen."""
-        self.denoiser.network.to(DTYPES[dtype])
+        if self.denoiser.dtype != DTYPES[dtype]:
+            self.denoiser.network.to(DTYPES[dtype])
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], sizes: Float[Tensor, "B 6"] | None = None) -> Cond:
