@@ -15,8 +15,8 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu"
 
 lint: $(READY)
-	$(VENV)/bin/ruff check src tests
-	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks
 	$(VENV)/bin/mypy
 
 clean:

@@ -13,6 +13,7 @@ from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import UserError
 from flashdmd.loading import load_teacher
+from flashdmd.memory import held
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, save_memory
 from flashdmd.models.teacher import Teacher, load_pipeline
 from flashdmd.sampler import times
@@ -174,13 +175,18 @@ def test_layers_that_are_not_there_are_named(folder: Path) -> None:
         opened(folder, lora={"rank": 2, "lora_layers": ["qkv"]})
 
 
+def named(folder: Path) -> dict[str, str]:
+    reward = folder.with_name("reward")
+    return {
+        "pretrained_model_name_or_path": str(folder),
+        "reward_model_name_or_path": str(reward),
+    }
+
+
 def opened(folder: Path, **sections: object) -> Session:
     """A session of two iterations of stage 1 and of stage 2."""
     content = {
-        "model": {
-            "pretrained_model_name_or_path": str(folder),
-            "reward_model_name_or_path": str(folder.with_name("reward")),
-        },
+        "model": named(folder),
         "lora": {"rank": 4},
         "method": {"student_timesteps": load_pipeline(folder).default_steps},
         "train": {"train_batch_size": 4, "preference_batch_size": 2, "mixed_precision": "no"},
@@ -249,3 +255,45 @@ def test_a_checkpoint_holds_adapters_alone_and_brings_them_back(
     assert all(map(torch.equal, *ends))
     stored = (tmp_path / "checkpoint-1/generator.safetensors").stat().st_size
     assert stored < sum(p.nbytes for p in run.generator.parameters()) + 30_000
+
+
+@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_quantised_base_is_smaller_and_its_adapters_learn(
+    folder: Path, kind: str, package: str
+) -> None:
+    pytest.importorskip(package)
+    plain = opened(folder)
+    model = {"quantize_base": kind, "frozen_dtype": "bf16"}
+    run = opened(folder, model=model | named(folder))
+    sizes = [held(r.teacher.denoiser.network) - held_by(r) for r in (plain, run)]
+    assert sizes[1] < 0.75 * sizes[0]
+    start = [p.detach().clone() for p in run.generator.parameters()]
+    trainer = run.trainer("distill")
+    for _ in range(2):
+        trainer.iterate()
+    assert any(
+        not torch.equal(p, q) for p, q in zip(run.generator.parameters(), start, strict=True)
+    )
+    assert {p.dtype for p in run.generator.parameters()} == {torch.float32}
+
+
+def held_by(run: Session) -> int:
+    """Bytes of the adapters."""
+    denoisers = (run.generator, run.score, run.student)
+    return sum(p.nbytes for d in denoisers for p in d.parameters())
+
+
+def test_eight_bit_moments_are_saved_and_restored(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    train = {"train_batch_size": 4, "preference_batch_size": 2, "use_8bit_adam": True}
+    ends = []
+    trainer = opened(folder, lora={"rank": 64}, train=train).trainer("distill")
+    trainer.iterate()
+    trainer.save(tmp_path / "checkpoint-1")
+    for restored in (False, True):
+        if restored:
+            trainer = opened(folder, lora={"rank": 64}, train=train).trainer("distill")
+            trainer.restore(tmp_path / "checkpoint-1")
+        trainer.iterate()
+        ends.append([p.detach().clone() for p in trainer.algorithm.score.parameters()])
+    assert all(map(torch.equal, *ends))
