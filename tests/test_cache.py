@@ -14,7 +14,7 @@ from flashdmd import cache
 from flashdmd.cache import Embeddings, Latents, fingerprint
 from flashdmd.data import PictureSource, open_data
 from flashdmd.errors import UserError
-from flashdmd.models.families import Teacher, load
+from flashdmd.models.teacher import Teacher
 from flashdmd.sampler import Cond
 
 PROMPTS = [f"a dog number {i}" for i in range(10)]
@@ -22,7 +22,7 @@ PROMPTS = [f"a dog number {i}" for i in range(10)]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return load(score_folder(tmp_path_factory.mktemp("teacher")))
+    return load_pipeline(score_folder(tmp_path_factory.mktemp("teacher")))
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ from tiny import score_folder
 
 from flashdmd.data import TeacherSamples, open_data
 from flashdmd.errors import UserError
-from flashdmd.models.families import Teacher, load
+from flashdmd.models.teacher import Teacher
 
 PROMPTS = ("a dog", "a cat", "a pig")
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return load(score_folder(tmp_path_factory.mktemp("teacher")))
+    return load_pipeline(score_folder(tmp_path_factory.mktemp("teacher")))
 
 
 class Draws:

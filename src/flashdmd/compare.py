@@ -27,6 +27,7 @@ from flashdmd.models.teacher import Teacher
 from flashdmd.report.run import parsed, unrolled
 from flashdmd.seeds import seed_of
 from flashdmd.session import write_json
+from flashdmd.sources import EMOJI
 
 FIGURES = ("kid", "retrieval", "reward", "held_out_reward", "diversity")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 1..9 degrees of freedom
@@ -98,6 +99,11 @@ def compare(recipe: Recipe, seeds: Sequence[int], arms: Sequence[str], output: P
     if not recipe.train.max_train_steps:
         raise UserError(
             "train.max_train_steps=0: a comparison starts with stage 1; name the generator updates"
+        )
+    if recipe.data.train_data_dir != EMOJI:
+        raise UserError(
+            f"data.train_data_dir={recipe.data.train_data_dir}: arms are compared by a judge "
+            "of the embedded pictures; `flashdmd train` each, which measures by its own pictures"
         )
     if (preferring := [a for a in arms if a in ("rl", "rl-only")]) and not stage_2:
         raise UserError(

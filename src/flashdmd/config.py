@@ -174,8 +174,8 @@ LORA_DEFAULTS: dict[str, Any] = {  # of `train`, where lora.rank is not 0 and no
 
 
 class Validation(Section):
-    prompts: tuple[str, ...] = ()  # shown in the report; none: prompts of the embedded world
-    num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # held-out pairs, one picture each
+    prompts: tuple[str, ...] = ()  # shown in the report; none: some of those that are measured
+    num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
     teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50
     seed: Seed = 1234  # of the starting noise, the same for every arm
 
@@ -227,6 +227,20 @@ class Recipe(Section):
                 "never be set; lower it, or keep the weight fixed with "
                 "method.gan_gradient_ratio=null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _raw(self) -> "Recipe":
+        if self.method.real_images == "raw":
+            for name, asked in (
+                ("discriminator.crop", self.discriminator.crop is not None),
+                ("data.cache_latents", self.data.cache_latents),
+            ):
+                if asked:
+                    raise ValueError(
+                        f"{name} is of latents, and method.real_images=raw shows the discriminator "
+                        "pictures that never were; use decoded, or leave it out"
+                    )
         return self
 
     @model_validator(mode="after")

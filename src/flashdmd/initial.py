@@ -93,10 +93,13 @@ def commented(recipe: Recipe) -> str:
             continue
         lines.append(f"{section}:")
         said = comments(SECTIONS[section])
+        if section == "train" and recipe.lora.rank:
+            said |= LORA_COMMENTS
         for key, value in content.items():
             text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
             line = f"  {key}: {text.removesuffix('...').strip()}"
-            lines.append(f"{line:<48}  # {said[key]}" if key in said else line)
+            about = said.get(key, "").replace("None", "null")
+            lines.append(f"{line:<48}  # {about}" if about else line)
     return "\n".join(lines) + "\n"
 
 
@@ -104,6 +107,14 @@ def comments(section: type) -> dict[str, str]:
     """Field by field, what stands beside it in the source."""
     matches = map(FIELD.match, inspect.getsource(section).splitlines())
     return {m[1]: m[2] for m in matches if m and m[2]}
+
+
+LORA_COMMENTS = {  # beside `config.LORA_DEFAULTS`
+    "learning_rate": "[DEF] G, LoRA of SD3-medium: RTDMD's (DMD2's LoRA: 5e-5)",
+    "fake_score_learning_rate": "[DEF] psi: as G",
+    "preference_learning_rate": "[DEF] G in stage 2: LPO's LoRA; own moments",
+    "max_grad_norm": "[DEF] of student and score estimator: RTDMD's",
+}
 
 
 def write(model: str, path: Path, full: bool = False) -> Path:

@@ -133,6 +133,7 @@ def load_reward(name: str, teacher: Teacher) -> RewardModel:
     folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
     vae = teacher.pipeline.vae
     if not latent_reward.is_one(folder):
-        return emoji_reward.load(folder, teacher.process, vae)
-    reward = latent_reward.load(folder, teacher.process, vae, encoders_of=teacher.pipeline)
-    return reward.to(teacher.device)
+        embedded = emoji_reward.load(folder, teacher.process, vae)
+        embedded.network.to(teacher.device)
+        return embedded
+    return latent_reward.load(folder, teacher.process, vae).to(teacher.device)

@@ -27,6 +27,7 @@ from flashdmd.loading import RewardModel, device_of, load_reward, load_teacher, 
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
 from flashdmd.report.sheet import comparison, contact_sheet
+from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
 from flashdmd.session import Progress, Session, open_session, run_stage, write_json
@@ -311,7 +312,8 @@ def scorer(reward: RewardModel, teacher: Teacher) -> Score:
     @torch.no_grad()
     def score(pictures: np.ndarray, prompts: list[str]) -> torch.Tensor:
         latents = torch.cat([teacher.encode(b) for b in batches(pictures)])
-        return reward(latents, torch.ones(len(latents)), reward.encode_prompts(prompts))
+        cond = {k: v.to(latents.device) for k, v in reward.encode_prompts(prompts).items()}
+        return reward(latents, times(1, latents), cond).cpu()
 
     return score
 

@@ -207,7 +207,12 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     family = family_of(source.name, entries)
     if folder.is_dir():
         refuse_pickles(folder)
-    absent = {k: None for k, v in entries.items() if v == [None, None]}
+    # a black picture in a censored one's place would be learned like any other
+    absent: dict[str, Any] = {
+        k: None for k, v in entries.items() if v == [None, None] or k == "safety_checker"
+    }
+    if "safety_checker" in absent:
+        absent["requires_safety_checker"] = False
     parts: dict[str, Any] = {"vae": load_vae(source.vae)} if source.vae else {}
     try:
         pipeline = DiffusionPipeline.from_pretrained(
@@ -236,6 +241,7 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
     pipeline.to(device)
+    check_finite(source.name, pipeline)
     denoiser = NetworkDenoiser(getattr(pipeline, family.network), family, process)
     return Teacher(folder, family, pipeline, process, denoiser, source)
 
@@ -331,6 +337,15 @@ def add_lora(pipeline: Any, lora: str, scale: float = 1.0, fused: bool = True) -
         ) from e
 
 
+def check_finite(name: str, pipeline: Any) -> None:
+    """Raises UserError for weights that are no numbers; where the pipeline is, and so quickly."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            for weight, p in module.named_parameters():
+                if not p.isfinite().all():
+                    raise UserError(f"{part}.{weight} in {name} holds numbers that are none")
+
+
 def refuse_pickles(folder: Path) -> None:
     """Raises UserError for a component that has no safetensors but weights of another format."""
     for path in sorted(folder.glob("*/*.bin")):
@@ -356,8 +371,6 @@ def check_whole(name: str, pipeline: Any, family: Family) -> None:
             for weight, p in module.named_parameters():
                 if p.is_meta:
                     raise UserError(f"the pipeline in {name} lacks the weight {part}.{weight}")
-                if not p.isfinite().all():
-                    raise UserError(f"{part}.{weight} in {name} holds numbers that are none")
     for number in ("", "_2"):
         tokenizer = getattr(pipeline, f"tokenizer{number}", None)
         encoder = getattr(pipeline, f"text_encoder{number}", None)
