@@ -14,7 +14,7 @@ from flashdmd import cache
 from flashdmd.cache import Embeddings, Latents, fingerprint
 from flashdmd.data import PictureSource, open_data
 from flashdmd.errors import UserError
-from flashdmd.models.teacher import Teacher
+from flashdmd.models.teacher import Teacher, load_pipeline
 from flashdmd.sampler import Cond
 
 PROMPTS = [f"a dog number {i}" for i in range(10)]

@@ -8,7 +8,7 @@ from tiny import score_folder
 
 from flashdmd.data import TeacherSamples, open_data
 from flashdmd.errors import UserError
-from flashdmd.models.teacher import Teacher
+from flashdmd.models.teacher import Teacher, load_pipeline
 
 PROMPTS = ("a dog", "a cat", "a pig")
 
