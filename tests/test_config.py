@@ -12,7 +12,11 @@ from flashdmd.algorithm import SPLIT
 from flashdmd.config import Recipe
 from flashdmd.errors import UserError
 
-SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SHIPPED = [
+    p
+    for p in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    if "reward" not in p.stem
+]
 
 
 def load(text: str, tmp_path: Path, *overrides: str) -> Recipe:
@@ -25,7 +29,8 @@ def load(text: str, tmp_path: Path, *overrides: str) -> Recipe:
 def test_the_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     recipe = config.load(path, [])
     assert load(config.dump(recipe), tmp_path) == recipe
-    assert recipe.model.pretrained_model_name_or_path == path.stem
+    name = recipe.model.pretrained_model_name_or_path
+    assert (name == path.stem) == path.stem.startswith("emoji")  # else a hub id
 
 
 def test_there_are_recipes_of_both_families() -> None:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from flashdmd import checkpoint, cli, compare, config, run
+from flashdmd import checkpoint, cli, compare, config, drawing, run
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import reward as emoji_reward
@@ -348,7 +348,7 @@ def test_a_sampler_without_noise_draws_the_same_however_many_at_once(
     """
     arm = Arm(load_teacher(str(folders["teacher"])), 2, 3.0)
     together = arm.draw(["a cat", "a dog", "a tree"], 5)
-    monkeypatch.setattr(run, "DRAWN_AT_ONCE", 2)
+    monkeypatch.setattr(drawing, "DRAWN_AT_ONCE", 2)
     apart = arm.draw(["a cat", "a dog", "a tree"], 5)
     assert np.abs(together.astype(int) - apart).max() <= 1
 

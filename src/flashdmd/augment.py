@@ -18,7 +18,7 @@ HOLE = 1 / 2  # of a side
 
 
 def diff_augment(
-    images: Float[Tensor, "B C H W"], policy: tuple[Change, ...] = CHANGES
+    images: Float[Tensor, "B C H W"], policy: tuple[str, ...] = CHANGES
 ) -> Float[Tensor, "B C H W"]:
     """The pictures, changed by each of `policy` in turn; by none of an empty one.
 
