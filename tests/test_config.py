@@ -12,7 +12,8 @@ from flashdmd.algorithm import SPLIT
 from flashdmd.config import Recipe
 from flashdmd.errors import UserError
 
-SHIPPED = [
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = [p for p in sorted(RECIPES.glob("*.yaml")) if not p.stem.startswith("reward")]
     p
     for p in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     if "reward" not in p.stem
