@@ -14,10 +14,6 @@ from flashdmd.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = [p for p in sorted(RECIPES.glob("*.yaml")) if not p.stem.startswith("reward")]
-    p
-    for p in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-    if "reward" not in p.stem
-]
 
 
 def load(text: str, tmp_path: Path, *overrides: str) -> Recipe:
