@@ -8,6 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flashdmd.errors import UserError
@@ -86,6 +87,14 @@ def test_adapters_on_it_learn_what_they_learn_on_the_full_base(kind: str, cast: 
         grads.append(torch.cat([p.grad.flatten() for p in learning.values()]))
     error = (grads[1] - grads[0]).norm() / grads[0].norm()
     assert error < {"int8": 0.02, "nf4": 0.2}[kind]
+
+
+def test_peft_knows_what_it_puts_adapters_on(kind: str) -> None:
+    network = unet()
+    quantise_base(network, kind)
+    adapt(network)
+    layers = {type(m).__name__ for m in network.modules() if isinstance(m, BaseTunerLayer)}
+    assert layers == {{"int8": "TorchaoLoraLinear", "nf4": "Linear4bit"}[kind]}
 
 
 def test_adapters_switched_off_leave_the_quantised_base(kind: str) -> None:
