@@ -91,7 +91,8 @@ def doctor(
     from flashdmd import config
     from flashdmd.doctor.recipe import examine
 
-    typer.echo(examine(config.read(recipe, overrides or [])))
+    for part in examine(config.read(recipe, overrides or [])):
+        typer.echo(part)
 
 
 @app.command()

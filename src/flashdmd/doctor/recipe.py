@@ -1,5 +1,6 @@
 """What a recipe decides of its run's memory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from flashdmd.models.families import FAMILIES, Family
 from flashdmd.models.teacher import family_of, index_of
 
 
-def examine(recipe: Recipe) -> str:
-    """The table of a recipe's memory, and what to change. Nothing is loaded but configurations.
+def examine(recipe: Recipe) -> Iterator[str]:
+    """The table of a recipe's memory, then line by line what to change, each of which is estimated
+    anew. Nothing is loaded but configurations.
 
     Raises UserError for a model that is neither here nor among those that are known.
     """
     name = recipe.model.pretrained_model_name_or_path
     where = str(ASSETS / EMBEDDED[name]) if name in EMBEDDED else name
     networks, plan = Networks(meta.parts_of(where), *seen_by(recipe)), plan_of(recipe, where)
-    lines = [f"{name}, {'LoRA' if plan.rank else 'full fine-tuning'}", ""]
-    found = estimate(networks, plan)
-    return "\n".join([*lines, table(found), *(f"- {said}" for said in advice(networks, plan))])
+    yield f"{name}, {'LoRA' if plan.rank else 'full fine-tuning'}\n"
+    yield table(estimate(networks, plan))
+    yield from (f"- {said}" for said in advice(networks, plan))
 
 
 def plan_of(recipe: Recipe, where: str) -> Plan:
