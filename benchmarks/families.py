@@ -34,7 +34,7 @@ from flashdmd import export  # noqa: E402
 from flashdmd.algorithm import split  # noqa: E402
 from flashdmd.config import Recipe  # noqa: E402
 from flashdmd.models import latent_reward  # noqa: E402
-from flashdmd.models.teacher import load_pipeline  # noqa: E402
+from flashdmd.models.teacher import Teacher, load_pipeline  # noqa: E402
 from flashdmd.publish import export_run  # noqa: E402
 from flashdmd.session import Session, open_session  # noqa: E402
 
@@ -67,19 +67,28 @@ def measured(kind: str, where: Path) -> Row:
         cond, real = teacher.encode_prompts(parity.PROMPTS), teacher.guided(guidance)
         errors = [relative(real(x_t, t, cond), theirs) for x_t, t, theirs in seen]
         row.parity[guidance] = float(torch.stack(errors).max())
-    if kind in REWARDED:
-        base = latent_reward.open_base(str(where / "teacher"))
-        latent_reward.write(latent_reward.build(base, str(where / "teacher")), where / "reward")
+    write_reward(kind, teacher, where)
     for rank in (0, 4):
         mode = "LoRA" if rank else "full"
-        run = opened(where, rank, kind in REWARDED)
+        run = opened(where, rank)
         row.stages[f"1 {mode}"] = stage(run, "distill", 2)
-        if kind in REWARDED:
-            run.start = run.trainer("distill").state.for_next_stage()
-            run.take_over()
-            row.stages[f"2 {mode}"] = stage(run, "joint", 3)
+        run.start = run.trainer("distill").state.for_next_stage()
+        run.take_over()
+        row.stages[f"2 {mode}"] = stage(run, "joint", 3)
         row.back |= loaded_back(run, where / f"run-{mode}", rank)
     return row
+
+
+def write_reward(kind: str, teacher: Teacher, where: Path) -> None:
+    """An untrained latent reward model: the family's own kind, or a UNet's on its latents."""
+    base = str(where / "teacher")
+    if kind in REWARDED:
+        made = latent_reward.open_base(base)
+    else:
+        channels = teacher.family.channels(teacher.pipeline)
+        made = tiny_export.sd1(in_channels=channels, out_channels=channels)
+        made.register_modules(vae=teacher.pipeline.vae)
+    latent_reward.write(latent_reward.build(made, base), where / "reward")
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -96,11 +105,11 @@ def pictures(folder: Path) -> None:
         (folder / f"{i}.txt").write_text(caption)
 
 
-def opened(where: Path, rank: int, rewarded: bool) -> Session:
+def opened(where: Path, rank: int) -> Session:
     content: dict[str, Any] = {
         "model": {
             "pretrained_model_name_or_path": str(where / "teacher"),
-            "reward_model_name_or_path": str(where / "reward") if rewarded else None,
+            "reward_model_name_or_path": str(where / "reward"),
         },
         "lora": {"rank": rank},
         "data": {"train_data_dir": str(where / "pictures"), "resolution": SIDE},
@@ -113,7 +122,7 @@ def opened(where: Path, rank: int, rewarded: bool) -> Session:
         },
         "train": {
             "max_train_steps": 2,
-            "joint_train_steps": 1 if rewarded else 0,
+            "joint_train_steps": 1,
             "train_batch_size": 2,
             "preference_batch_size": 2,
             "mixed_precision": "no",
@@ -166,17 +175,22 @@ def table(rows: list[Row]) -> str:
         "| kind | pipeline | parity, guidance 1 | guidance 4 | stage 1 full | LoRA | stage 2 full "
         "| LoRA | back: full | merged | LoRA |\n|" + "---|" * 11 + "\n"
     )
-    return head + "".join(line(row) for row in rows)
+    foot = (
+        "\n(a) There is no latent reward model of this family; a UNet's on its latents stands in, "
+        "untrained like all here.\n"
+    )
+    return head + "".join(line(row) for row in rows) + foot
 
 
 def line(row: Row) -> str:
-    stages = [row.stages.get(f"{n} {mode}") for n in (1, 2) for mode in ("full", "LoRA")]
+    stages = [row.stages[f"{n} {mode}"] for n in (1, 2) for mode in ("full", "LoRA")]
     ways = ("diffusers, full", "diffusers, merged", "load_lora_weights")
     cells = [
         row.kind,
         row.pipeline,
         *(f"{e:.0e}" for e in row.parity.values()),
-        *("no reward" if s is None else f"{s:.1e}" for s in stages),
+        *(f"{s:.1e}" for s in stages[:2]),
+        *(f"{s:.1e}" + ("" if row.kind in REWARDED else " (a)") for s in stages[2:]),
         *(str(row.back.get(way, "no loader")) for way in ways),
     ]
     return "| " + " | ".join(cells) + " |\n"

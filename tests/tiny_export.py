@@ -89,14 +89,17 @@ def vae(quant_conv: bool = True) -> AutoencoderKL:
 def unet(**more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=SIDE,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=2,
         attention_head_dim=2,
         norm_num_groups=4,
-        **{"block_out_channels": (8, 16, 16), **more},
+        **{
+            "in_channels": CHANNELS,
+            "out_channels": CHANNELS,
+            "block_out_channels": (8, 16, 16),
+            **more,
+        },
     )
 
 

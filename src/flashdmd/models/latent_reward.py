@@ -35,6 +35,7 @@ from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
 T5_TOKENS = 256  # of a prompt, as Stable Diffusion 3's pipeline reads it
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 NOTHING = ([None, None], (None, None))  # an entry of an index whose part is not there
+PLAIN_LEVELS = (0, 0, 0, 0)  # of an autoencoder that does not say: 8 pixels a place
 SWITCH = "gradient_checkpointing"  # blocks of diffusers and transformers have it, off
 IDLE = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines not used here
 
@@ -233,7 +234,7 @@ def build(
         base=base,
         learns_words=kind.learns_words if learns_words is None else learns_words,
         network={k: v for k, v in network.config.items() if not k.startswith("_")},
-        pixels=2 ** (len(vae.config.block_out_channels) - 1),
+        pixels=2 ** (len(vae.config.get("block_out_channels", PLAIN_LEVELS)) - 1),
         latents=space_of(vae),
     )
     words = copy.deepcopy(words_of(pipeline, facts)).requires_grad_(facts.learns_words)
@@ -285,10 +286,11 @@ def start_projection(network: LatentReward, path: Path) -> None:
 
 def space_of(vae: Any) -> dict[str, int | float]:
     """Channels, scale and shift of latents: one autoencoder may be another's retrained decoder."""
+    config = vae.config
     return {
-        "channels": vae.config.latent_channels,
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor or 0.0,
+        "channels": config.get("latent_channels") or config.get("z_dim"),
+        "scaling_factor": config.get("scaling_factor") or 1.0,
+        "shift_factor": config.get("shift_factor") or 0.0,
     }
 
 
