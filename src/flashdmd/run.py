@@ -18,7 +18,7 @@ from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
 from flashdmd.emoji.teacher import SHOWN
-from flashdmd.emoji.world import ASSETS, Split
+from flashdmd.emoji.world import ASSETS, SIZE, Split
 from flashdmd.errors import UserError
 from flashdmd.evaluate.own import LEAST, OwnBench
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
@@ -26,12 +26,13 @@ from flashdmd.files import alone_in, write_text
 from flashdmd.loading import RewardModel, device_of, load_reward, load_teacher, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
+from flashdmd.report.run import DATA
 from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
 from flashdmd.session import Progress, Session, open_session, run_stage, write_json
-from flashdmd.sources import EMOJI, open_source, prompts_of
+from flashdmd.sources import EMOJI, about, open_source, prompts_of
 from flashdmd.trainer import Trainer
 
 GUIDANCE, TEACHER_STEPS = 3.0, 50  # of a teacher, where nothing says otherwise
@@ -58,6 +59,7 @@ MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the ru
 }
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
     "metrics.jsonl", "metrics.json", "timing.json", "report.html", "samples", "student",
+    "data.json",
     "student-stage1",
 )  # fmt: skip
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
@@ -77,6 +79,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     session = open_session(recipe)
     with alone_in(output):
         prepare(recipe, resume)
+        write_json(output / DATA, {"data": about(recipe, session.source)})
         both_stages(session, point, progress or bar())
     return output
 
@@ -337,6 +340,13 @@ def evaluate(
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file to write")
     teachers = {model: load_teacher(model) for model in models}  # what is missing is missed now
+    for model, teacher in teachers.items():
+        if teacher.image_size != SIZE:
+            raise UserError(
+                f"{model} draws pictures of {teacher.image_size} pixels, and `flashdmd evaluate` "
+                f"judges by the embedded emoji, which have {SIZE}; a run of `flashdmd train` "
+                "measures its own students and teacher, in metrics.json and report.html"
+            )
     arms = ways({model: export.notes_of(Path(model)) for model in models}, guidance)
     rewards = {m: load_reward(reward, teacher) for m, teacher in teachers.items() if reward}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from flashdmd.batches import EmojiSource, Source, as_tensor
 from flashdmd.cache import Embeddings, Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.data import PictureSource, TeacherSamples, open_data, read_prompts
+from flashdmd.data.teacher import statement
 from flashdmd.drawing import Arm
 from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
@@ -73,6 +74,19 @@ def teacher_pool(recipe: Recipe, teacher: Teacher) -> Path:
     return TeacherSamples(
         arm.draw, prompts, recipe.data.teacher_samples, key, recipe.train.seed, arm.at_once
     ).make(cache_of(recipe))
+
+
+def about(recipe: Recipe, source: Source) -> list[str]:
+    """What a run learns on, in sentences; nothing of the embedded world."""
+    if not isinstance(source, PictureSource):
+        return []
+    said = [str(source.report)]
+    if recipe.data.train_data_dir == OWN:
+        said.insert(0, statement(recipe.data.teacher_samples, prompts_of(recipe)))
+    if recipe.data.prompts:
+        prompts = prompts_of(recipe)
+        said.append(f"The student is trained on {len(prompts)} prompts of {recipe.data.prompts}.")
+    return said
 
 
 def known_prompts(source: Source, prompts: tuple[str, ...]) -> list[str]:

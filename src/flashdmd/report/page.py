@@ -133,6 +133,7 @@ def render(run: Run) -> str:
         name=run.name,
         headline=headline(run.rows, run.has_stage_2),
         missing=run.missing,
+        data=run.data,
         columns=[(label(arm), calls(run.rows, arm)) for arm in run.arms],
         lines=lines,
         hidden=hidden,

@@ -13,6 +13,7 @@ from flashdmd.errors import UserError
 from flashdmd.report.health import number, refined
 
 FILES = ("recipe.yaml", "metrics.jsonl", "metrics.json", "samples", "timing.json", "versions.json")
+DATA = "data.json"
 Record = Mapping[str, Any]
 
 
@@ -31,6 +32,7 @@ class Run:
     health: list[Record] = field(default_factory=list)
     timing: dict[str, float] = field(default_factory=dict)  # milliseconds an iteration
     versions: Record = field(default_factory=dict)
+    data: list[str] = field(default_factory=list)  # what the run learned on, in sentences
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -73,6 +75,7 @@ def read(folder: Path) -> Run:
     read_samples(run)
     read_metrics(run)
     read_machine(run)
+    read_data(run)
     if not run.has_stage_2:
         run.missing.append("Stage 2 (reinforcement learning) has not run.")
     return run
@@ -181,6 +184,13 @@ def read_machine(run: Run) -> None:
     parts = parts if isinstance(parts, dict) else {}
     run.timing = {part: ms for part in parts if (ms := number(parts, part)) is not None}
     run.versions = read_json(run, "versions.json", "the versions are not known")
+
+
+def read_data(run: Run) -> None:
+    """Runs on the embedded pictures, and older ones, have nothing to say of their data."""
+    if (run.folder / DATA).exists():
+        said = listed(read_json(run, DATA, "it is not known what it learned on"), "data")
+        run.data = [sentence for sentence in said if isinstance(sentence, str)]
 
 
 def read_json(run: Run, name: str, so: str) -> dict[str, Any]:
