@@ -12,7 +12,7 @@ demo: $(READY)
 	$(VENV)/bin/flashdmd demo --output-dir runs/demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check src tests benchmarks

@@ -42,7 +42,7 @@ def test_the_pool_is_the_teacher_s_pictures_of_the_prompts(
     draws = Draws(teacher)
     samples = pool(draws)
     folder = samples.make(tmp_path)
-    assert [seed for _, seed in draws.asked] == [0, 1, 2]
+    assert [seed for _, seed in draws.asked] == [0, 3, 6]
     source = open_data(folder, teacher.image_size)
     found = source.catalogue
     assert [found.caption(i) for i in range(7)] == [PROMPTS[i % 3] for i in range(7)]
@@ -74,7 +74,7 @@ def test_a_pool_that_was_stopped_goes_on(
     torn.write_bytes(torn.read_bytes()[:-20])
     draws = Draws(teacher)
     assert pool(draws).make(tmp_path / "stopped") == stopped
-    assert [seed for _, seed in draws.asked] == [1, 2]
+    assert [seed for _, seed in draws.asked] == [3, 6]
     assert f"{torn} is torn and drawn again" in caplog.text
     names = sorted(p.name for p in whole.iterdir())
     assert sorted(p.name for p in stopped.iterdir()) == names

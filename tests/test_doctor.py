@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from flashdmd.errors import UserError
 from flashdmd.memory import held, peak_memory
 from flashdmd.models import meta, passes
 from flashdmd.models.backbones import EfficientNetLite
+from flashdmd.models.recompute import running
 from flashdmd.optimizers import make_optimizer
 from flashdmd.session import open_session
 
@@ -490,3 +492,14 @@ def test_sdxl_is_looked_at_as_a_whole() -> None:
     assert by_role(found)["student"].weights == 4 * 2_567_463_684
     assert json.dumps(found.updates)
     assert 100 * GB < found.peak < 200 * GB
+
+
+def test_a_pass_that_fails_leaves_no_context_behind() -> None:
+    """Else whatever is computed again afterwards would run as the doctor's passes do."""
+
+    def fail() -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        passes.measure(fail, torch.nn.Linear(1, 1), half=True)
+    assert running.get() is nullcontext

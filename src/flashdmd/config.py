@@ -69,7 +69,7 @@ class Model(Section):
     teacher_lora: str | None = None  # a LoRA that belongs to the teacher: folder, file, hub id
     teacher_lora_scale: float = 1.0
     pretrained_vae_model_name_or_path: str | None = None  # None: the pipeline's own
-    frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of teacher, LoRA's base and text encoders
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of all that is frozen but the autoencoder
     vae_precision: Literal["fp32", "run"] = "fp32"  # run: as train.mixed_precision
     quantize_base: Literal["none", "int8", "nf4"] = "none"  # of LoRA's base
     reward_model_name_or_path: str | None = "emoji-reward"  # or a folder; None: stage 1 only

@@ -239,6 +239,10 @@ def differs(scheduler: Any, key: str) -> bool:
 
 
 def comfy_shift(teacher: Teacher, steps: tuple[int, ...]) -> str:
+    """The node that sets a flow's shift: both multiply times by what the network is fed, SD3's by
+    1000 and AuraFlow's, which serves the others, by 1.
+    """
     if teacher.family.kind == "score":
         return ""
-    return f", shift {teacher.family.fitting_shift(steps):g} (ModelSamplingSD3, ModelSamplingFlux)"
+    node = "SD3" if "StableDiffusion3Pipeline" in teacher.family.pipelines else "AuraFlow"
+    return f", shift {teacher.family.fitting_shift(steps):g} (ModelSampling{node})"

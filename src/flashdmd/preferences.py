@@ -165,7 +165,7 @@ def filtered(
     if lacking and pairs.gaps:
         raise UserError(
             f"there are gaps of {', '.join(pairs.gaps)} but none of {', '.join(lacking)}; give "
-            "these too, or leave them out of data.gap_bounds"
+            "these too, or leave them out of gap_bounds"
         )
     kept = np.ones(len(pairs), dtype=bool)
     counts = {"pairs": len(pairs), "ties": int(pairs.ties.sum())}

@@ -13,6 +13,7 @@ from flashdmd.export import Notes
 from flashdmd.files import forget_origins, replace_file, replace_folder
 from flashdmd.loading import load_base, load_teacher
 from flashdmd.models import lora_keys, single_file
+from flashdmd.models.families.silent import is_silent
 from flashdmd.models.teacher import Teacher
 
 Format = Literal["diffusers", "lora", "comfyui", "single-file"]
@@ -35,7 +36,7 @@ def export_run(
     if output.exists():
         raise UserError(f"--output {output} is there already; name another")
     folder, notes = student_in(run)
-    note = "" if notes.rank else "Every weight was trained."
+    note = "" if (folder / lora_keys.FILE_NAME).is_file() else "Every weight was trained."
     student = load_teacher(str(folder), merged=True)
     if form in ("lora", "comfyui"):
         adapter, lost = adapter_of(folder, notes, student, rank)
@@ -83,9 +84,9 @@ def adapter_of(
     folder: Path, notes: Notes, student: Teacher, rank: int
 ) -> tuple[dict[str, Tensor], str]:
     """A LoRA's factors by layer; of a full fine-tuning the best ones, and what they miss."""
-    network = student.family.network
-    if notes.rank:
-        stored = load_file(folder / lora_keys.FILE_NAME)
+    network, lora = student.family.network, folder / lora_keys.FILE_NAME
+    if lora.is_file():
+        stored = load_file(lora)
         return {k.removeprefix(f"{network}."): v for k, v in stored.items()}, ""
     if notes.teacher is None:
         raise UserError(
@@ -140,7 +141,7 @@ def in_one(student: Teacher) -> dict[str, Tensor]:
     parts = {
         name: part.state_dict()
         for name, part in pipeline.components.items()
-        if isinstance(part, nn.Module) and name not in NOT_DENOISING
+        if isinstance(part, nn.Module) and name not in NOT_DENOISING and not is_silent(part)
     }
     kind = pipeline.scheduler.config.get("prediction_type") if network == "unet" else None
     return single_file.to_single_file(type(pipeline).__name__, parts, kind or "epsilon")

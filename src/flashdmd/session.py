@@ -164,7 +164,8 @@ def open_session(recipe: Recipe) -> Session:
     if recipe.data.cache_latents:
         source, latents = cache_latents(recipe, teacher, source)
     if recipe.data.cache_text_embeddings:
-        cache_embeddings(recipe, teacher, known_prompts(source, prompts))
+        # DMD2's head is fitted to the features of one prompt, the empty one
+        cache_embeddings(recipe, teacher, [*known_prompts(source, prompts), ""])
     generator, score = learning(recipe, teacher)
     if student := recipe.model.student_model_name_or_path:
         for learner in (generator, score):  # mu_psi estimates the student's score, whoever that is

@@ -70,7 +70,8 @@ def teacher_pool(recipe: Recipe, teacher: Teacher) -> Path:
     steps, scale = recipe.validation.teacher_steps, recipe.method.teacher_guidance_scale
     arm = Arm(teacher, steps, scale)
     said = f"{steps} {scale} {teacher.image_size}"
-    key = fingerprint(teacher.denoiser.network.state_dict(), said)
+    parts = teacher.pipeline.components.values()
+    key = fingerprint(*(p.state_dict() for p in parts if isinstance(p, nn.Module)), said)
     return TeacherSamples(
         arm.draw, prompts, recipe.data.teacher_samples, key, recipe.train.seed, arm.at_once
     ).make(cache_of(recipe))

@@ -27,7 +27,7 @@ class TeacherSamples:
     prompts: tuple[str, ...]  # picture i is of prompt i, and again from the first
     n: int
     fingerprint: str  # of all that the pictures depend on but the prompts and seeds
-    seed: int = 0  # of the first batch; of the k-th seed + k
+    seed: int = 0  # of the first picture; of the k-th seed + k
     batch: int = 8
 
     @property
@@ -56,7 +56,7 @@ class TeacherSamples:
             paths = [folder / name for name in names[part]]
             if all(map(whole, paths)):
                 continue
-            pictures = self.draw(captions[part], self.seed + start // self.batch)
+            pictures = self.draw(captions[part], self.seed + start)
             for path, picture in zip(paths, pictures, strict=True):
                 with replace_file(path) as beside:
                     Image.fromarray(picture.transpose(1, 2, 0)).save(beside)

@@ -270,7 +270,8 @@ def rows(run: Passes) -> Iterator[Row]:
     if plan.arm == "flash-dmd" and run.networks.backbone is not None:
         seeing, back = run.networks.backbone, run.discriminator(learns=False).keeps(plan.part)
         name = type(getattr(seeing, "network", seeing)).__name__
-        yield Row("backbone", name, meta.numbers(seeing), weight_bytes(seeing), activations=back)
+        size = weight_bytes(seeing, plan.frozen)
+        yield Row("backbone", name, meta.numbers(seeing), size, activations=back)
     heads = run.heads()
     sizes = [p.numel() for p in heads.parameters()]
     moments = sum(moment_bytes(n, plan.use_8bit_adam) for n in sizes)

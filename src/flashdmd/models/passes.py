@@ -141,15 +141,17 @@ def measure(
     if any(p.is_meta for p in network.parameters()):
         kernels = _Kernels(half, device)
     token = running.set(lambda: kernels)
-    with Live() as live:
-        with kernels:
-            out = forward()
-            kept = live.now
-        if out.requires_grad:
-            out.float().sum().backward()
-    running.reset(token)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with Live() as live:
+            with kernels:
+                out = forward()
+                kept = live.now
+            if out.requires_grad:
+                out.float().sum().backward()
+    finally:
+        running.reset(token)
+        for hook in hooks:
+            hook.remove()
     return kept, live.peak
 
 

@@ -57,3 +57,12 @@ def silent_clip(
     for weight in encoder.parameters():
         nn.init.zeros_(weight)
     return encoder, tokenizer
+
+
+def is_silent(encoder: nn.Module) -> bool:
+    """Whether an encoder is one of these: what it says are zeros."""
+    last = getattr(getattr(encoder, "encoder", None), "final_layer_norm", None)
+    if isinstance(encoder, T5EncoderModel) and last is not None:
+        return not bool(last.weight.any())
+    clip = isinstance(encoder, CLIPTextModelWithProjection)
+    return clip and not any(bool(p.any()) for p in encoder.parameters())
