@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_reward import PROMPTS, stirred
 from torch import Tensor
 
+from flashdmd import cli
 from flashdmd.errors import UserError
 from flashdmd.models.latent_reward import LRM, build, load, open_base, write
 from flashdmd.models.published_lrm import load_published
@@ -156,3 +157,20 @@ def test_what_cannot_be_a_published_model_is_said(bases: dict[str, Path], tmp_pa
     torch.save({"unet": Process}, tmp_path / "lrm.bin")  # a class: more than tensors and numbers
     with pytest.raises(UserError, match=r"lrm\.bin cannot be read"):
         load_published(tmp_path / "lrm.bin", str(bases["sd"]), unpickle=True)
+
+
+def test_a_published_folder_is_taken_over_by_a_command(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = publish("sd", bases["sd"], tmp_path / "lrm")
+    words = ["import-reward", str(tmp_path / "lrm"), "--base", str(bases["sd"])]
+    words += ["--output", str(tmp_path / "ours")]
+    codes = []
+    for more in ([], ["--unpickle"], ["--unpickle"]):  # refused, written, there already
+        monkeypatch.setattr("sys.argv", ["flashdmd", *words, *more])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        codes.append(int(caught.value.code or 0))
+    assert codes == [2, 0, 2]
+    vae = AutoencoderKL.from_pretrained(bases["sd"] / "vae")
+    same(load(tmp_path / "ours", reward.process, vae), reward)

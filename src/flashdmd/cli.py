@@ -112,6 +112,25 @@ def reward(
     typer.echo(f"Wrote {Path(read.output_dir) / 'reward'}")
 
 
+@app.command("import-reward")
+def import_reward(
+    published: Annotated[Path, typer.Argument(help="The folder or file of published LRM weights.")],
+    base: Annotated[str, typer.Option(help="The pipeline that they were trained from.")],
+    output: Annotated[Path, typer.Option(help="A folder for model.reward_model_name_or_path.")],
+    unpickle: Annotated[
+        bool,
+        typer.Option(help="Read .bin and .pt too, tensors alone (weights_only)."),
+    ] = False,
+) -> None:
+    """Take over published weights of a latent reward model (LPO's)."""
+    from flashdmd.models import latent_reward, published_lrm
+
+    if output.exists():
+        raise UserError(f"--output {output} is there already; name another")
+    latent_reward.write(published_lrm.load_published(published, base, unpickle), output)
+    typer.echo(f"Wrote {output}")
+
+
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A student or teacher folder, or emoji-score.")],

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float
@@ -207,6 +209,7 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     family = family_of(source.name, entries)
     if folder.is_dir():
         refuse_pickles(folder)
+    refuse(source.name, family, entries)
     # a black picture in a censored one's place would be learned like any other
     absent: dict[str, Any] = {
         k: None for k, v in entries.items() if v == [None, None] or k == "safety_checker"
@@ -244,6 +247,25 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     check_finite(source.name, pipeline)
     denoiser = NetworkDenoiser(getattr(pipeline, family.network), family, process)
     return Teacher(folder, family, pipeline, process, denoiser, source)
+
+
+def refuse(name: str, family: Family, entries: dict[str, Any]) -> None:
+    """Raises UserError for what configurations alone tell to be no teacher, before it is loaded."""
+    read = (family.network, "scheduler")
+    parts: dict[str, Any] = {
+        part: None
+        if entry in ([None, None], (None, None))
+        else SimpleNamespace(config=FrozenDict(part_config(name, part) if part in read else {}))
+        for part, entry in entries.items()
+        if isinstance(entry, list | tuple)
+    }
+    sketch = SimpleNamespace(config=FrozenDict(entries), **parts)
+    try:
+        family.check(sketch)
+        if sketch.scheduler.config:  # else loading says what is wrong with it
+            family.process(sketch)
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from e
 
 
 def offline() -> bool:

@@ -120,7 +120,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def check(self, pipeline: Any) -> None:
         super().check(pipeline)
-        if pipeline.unet.config.time_cond_proj_dim is not None:
+        if pipeline.unet.config.get("time_cond_proj_dim") is not None:
             raise UserError(
                 "the unet has time_cond_proj_dim, so it is a consistency model that was distilled "
                 "already; give the model that it came from"
