@@ -144,6 +144,8 @@ def render(run: Run) -> str:
         fingerprint=plain(run.fingerprint),
         curves=[(c, Markup(c.svg)) for c in curves(run.log)],
         updates=updates(run),
+        caveat=run.caveat,
+        data=run.data,
         verdicts=[(asdict(v), VERDICTS.get(v.name, ""), percent(v)) for v in judged(run)],
         parts=parts(run.timing),
         total=sum(run.timing.values()),

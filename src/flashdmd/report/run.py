@@ -12,7 +12,10 @@ from PIL import Image
 from flashdmd.errors import UserError
 from flashdmd.report.health import number, refined
 
-FILES = ("recipe.yaml", "metrics.jsonl", "metrics.json", "samples", "timing.json", "versions.json")
+FILES = (
+    "recipe.yaml", "metrics.jsonl", "metrics.json", "samples", "data.json", "timing.json",
+    "versions.json",
+)  # fmt: skip
 Record = Mapping[str, Any]
 
 
@@ -29,6 +32,8 @@ class Run:
     rows: list[Record] = field(default_factory=list)
     fingerprint: Record = field(default_factory=dict)
     health: list[Record] = field(default_factory=list)
+    caveat: str = ""  # what stands in real pictures' place
+    data: list[str] = field(default_factory=list)  # sentences on the pictures that it learned on
     timing: dict[str, float] = field(default_factory=dict)  # milliseconds an iteration
     versions: Record = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -72,6 +77,7 @@ def read(folder: Path) -> Run:
     read_log(run)
     read_samples(run)
     read_metrics(run)
+    read_data(run)
     read_machine(run)
     if not run.has_stage_2:
         run.missing.append("Stage 2 (reinforcement learning) has not run.")
@@ -173,6 +179,12 @@ def read_metrics(run: Run) -> None:
     run.health = [h for h in listed(metrics, "health") if isinstance(h, dict)]
     fingerprint = metrics.get("fingerprint")
     run.fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
+
+
+def read_data(run: Run) -> None:
+    data = read_json(run, "data.json", "it is not known what the run learned on")
+    run.caveat = str(data.get("caveat", ""))
+    run.data = [str(sentence) for sentence in listed(data, "says")]
 
 
 def read_machine(run: Run) -> None:
