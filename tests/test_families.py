@@ -145,7 +145,7 @@ def check_plain_call(teacher: Teacher, steps: tuple[int, ...], tmp_path: Path) -
     assert pipeline.scheduler.timesteps.tolist() == list(steps)
     theirs = (theirs * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
-    assert export.trained_steps(folder) == steps
+    assert export.notes_of(folder).steps == steps
     assert ours.std() > 1
 
 

@@ -132,6 +132,7 @@ def test_every_string_of_a_run_is_escaped(run):
         ],
     }
     (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "data.json").write_text(json.dumps({"caveat": HOSTILE, "says": [HOSTILE]}))
     (run / "timing.json").write_text(json.dumps({"milliseconds": {HOSTILE: 3.0}}))
     (run / "versions.json").write_text(json.dumps({HOSTILE: HOSTILE}))
     renamed = run.rename(run.with_name(HOSTILE_ARM))
@@ -142,10 +143,21 @@ def test_every_string_of_a_run_is_escaped(run):
     assert all(src.startswith("data:image/png") for src in shown.attributes("img", "src"))
     assert not any("onerror" in attrs for _, attrs in shown.elements)
     hostile = " ".join(HOSTILE.split())
-    # prompt, recipe, fingerprint and versions (2 each), metric, part, verdict (name and says)
-    assert shown.text.count(hostile) == 10
+    # prompt, recipe, data, fingerprint, versions (2 each), metric, part, verdict (name and says)
+    assert shown.text.count(hostile) == 12
     assert shown.text.count(HOSTILE_ARM) >= 3  # the run's name, a column of pictures, of figures
     assert HOSTILE_ARM in shown.attributes("td", "data-arm")
+
+
+def test_it_says_what_the_run_learned_on(run):
+    shown = Page(write(run)).text
+    assert "5 broken; 12 scaled up." in shown
+    assert "not real" not in shown
+    told = {"caveat": "These are samples of the teacher.", "says": ["8 of 8 pictures are used."]}
+    (run / "data.json").write_text(json.dumps(told))
+    shown = Page(write(run)).text
+    assert "What stands for real pictures here, in training and in these figures, is not" in shown
+    assert "These are samples of the teacher. 8 of 8 pictures are used." in shown
 
 
 def test_half_an_emoji_in_a_prompt_does_not_stop_the_page(run):
@@ -164,6 +176,7 @@ def test_half_an_emoji_in_a_prompt_does_not_stop_the_page(run):
         ("samples/samples.json", "samples.json is not there, so there are no pictures to compare."),
         ("samples/student-joint", "There are no pictures of 'student-joint'."),
         ("samples/teacher-4/03.png", "Pictures of 'teacher-4' that cannot be read: 1 of 12."),
+        ("data.json", "data.json is not there, so it is not known what the run learned on."),
         ("timing.json", "timing.json is not there, so it is not known where the time went."),
         ("versions.json", "versions.json is not there, so the versions are not known."),
     ],

@@ -171,12 +171,6 @@ def read_student(student: NetworkDenoiser, folder: Path) -> None:
         ) from e
 
 
-def trained_steps(folder: Path) -> tuple[int, ...] | None:
-    """The steps a student folder was trained for; None for any other pipeline."""
-    notes = notes_of(folder)
-    return notes.steps if notes else None
-
-
 def model_card(name: str, teacher: Teacher, notes: Notes, note: str, lora: str = "") -> str:
     """README.md of a student: how to call it, what it was trained from, what it cannot do.
 

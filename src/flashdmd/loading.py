@@ -25,7 +25,11 @@ def load_teacher(name: str, device: str = "cpu", merged: bool = False) -> Teache
     A student that is a LoRA is `merged` into its base, in float32, or lies beside it.
     """
     if name not in EMBEDDED:
-        return load_lora(Path(name), device, merged) or load_pipeline(Path(name), device)
+        if student := load_lora(Path(name), device, merged):
+            return student
+        loaded, notes = load_pipeline(Path(name), device), export.notes_of(Path(name))
+        loaded.resolution = notes.resolution if notes else 0
+        return loaded
     folder = ASSETS / EMBEDDED[name]
     if not folder.is_dir():
         raise UserError(

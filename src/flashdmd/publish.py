@@ -1,5 +1,6 @@
 """`flashdmd export`: a student in the format of those who are to use it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,7 +63,7 @@ def export_run(
             forget_origins(beside)
             card = export.model_card(output.name, student, notes, note)
             (beside / "README.md").write_text(card, "utf-8")
-            Notes(notes.steps, notes.guidance, notes.averaged, notes.teacher).write(beside)
+            replace(notes, rank=0).write(beside)
         return output, ""
     tensors = in_one(student)
     write_file(output, tensors, {"format": "pt"})

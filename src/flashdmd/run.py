@@ -4,6 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,12 @@ from flashdmd.files import alone_in, write_text
 from flashdmd.loading import RewardModel, device_of, load_reward, load_teacher, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
-from flashdmd.report.run import DATA
 from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
 from flashdmd.session import Progress, Session, open_session, run_stage, write_json
-from flashdmd.sources import EMOJI, about, open_source, prompts_of
+from flashdmd.sources import EMOJI, open_source, prompts_of
 from flashdmd.trainer import Trainer
 
 GUIDANCE, TEACHER_STEPS = 3.0, 50  # of a teacher, where nothing says otherwise
@@ -58,9 +58,8 @@ MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the ru
     *(f"validation.{name}" for name in config.Validation.model_fields),
 }
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
-    "metrics.jsonl", "metrics.json", "timing.json", "report.html", "samples", "student",
-    "data.json",
-    "student-stage1",
+    "metrics.jsonl", "metrics.json", "data.json", "timing.json", "report.html", "samples",
+    "student", "student-stage1",
 )  # fmt: skip
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
 
@@ -79,7 +78,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     session = open_session(recipe)
     with alone_in(output):
         prepare(recipe, resume)
-        write_json(output / DATA, {"data": about(recipe, session.source)})
+        write_json(output / "data.json", session.data)
         both_stages(session, point, progress or bar())
     return output
 
@@ -285,7 +284,6 @@ def measure(recipe: Recipe) -> Path:
 def student_arm(folder: Path, recipe: Recipe) -> "Arm":
     """A student of this run, called plainly."""
     student = load_teacher(str(folder), device_of(recipe))
-    student.resolution = recipe.data.resolution or 0
     guidance = export.plain_guidance(student, recipe.method.teacher_guidance_scale)
     return Arm(student, len(recipe.method.student_timesteps), guidance)
 
@@ -298,7 +296,8 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
     if recipe.data.train_data_dir == EMOJI:
         protocol = Protocol(num_prompts=said.num_prompts, seed=said.seed)
         return Bench(protocol, judge.load(ASSETS / "judge"))
-    source = open_source(recipe, teacher)
+    square = recipe.data.model_copy(update={"aspect_ratio_buckets": False})  # as all arms draw
+    source, caveat = open_source(recipe.model_copy(update={"data": square}), teacher)
     rng = np.random.default_rng(seed_of("measured", said.seed))
     drawn = source.draw(rng, said.num_prompts)
     captions = drawn.captions
@@ -306,7 +305,10 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
         captions = [known[i] for i in rng.permutation(len(known))[: said.num_prompts]]
     if len(said.prompts) >= LEAST:
         captions = list(said.prompts)
-    return OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures)
+    bench = OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures)
+    if caveat:
+        bench.protocol = replace(bench.protocol, reference="samples of the teacher")
+    return bench
 
 
 def scorer(reward: RewardModel, teacher: Teacher) -> Score:
@@ -343,9 +345,9 @@ def evaluate(
     for model, teacher in teachers.items():
         if teacher.image_size != SIZE:
             raise UserError(
-                f"{model} draws pictures of {teacher.image_size} pixels, and `flashdmd evaluate` "
-                f"judges by the embedded emoji, which have {SIZE}; a run of `flashdmd train` "
-                "measures its own students and teacher, in metrics.json and report.html"
+                f"{model} draws pictures of {teacher.image_size} pixels, and the judge that is "
+                f"asked here knows the embedded ones, emoji of {SIZE}; runs on other pictures are "
+                "measured as they end: see metrics.json and report.html in their folders"
             )
     arms = ways({model: export.notes_of(Path(model)) for model in models}, guidance)
     rewards = {m: load_reward(reward, teacher) for m, teacher in teachers.items() if reward}
@@ -397,17 +399,17 @@ def sample(
 ) -> Path:
     """A sheet of one picture a prompt, written to `output` as PNG.
 
-    Students are sampled without guidance at the steps they were trained for; `guidance` and
-    `steps` are for teachers, 3 and 50 unless given.
+    Students are called plainly, at the steps they were trained for; `guidance` and `steps` are for
+    teachers, 3 and 50 unless given.
     """
     check_output(output)
-    teacher = load_teacher(model)
-    trained = export.trained_steps(Path(model))
+    teacher, notes = load_teacher(model), export.notes_of(Path(model))
+    trained = notes.steps if notes else None
     steps = steps or (len(trained) if trained else TEACHER_STEPS)
     if trained is None and steps > STEPS:
         raise UserError(f"--steps {steps}: a teacher has {STEPS}")
     if guidance is None:
-        guidance = 0.0 if trained else GUIDANCE
+        guidance = export.plain_guidance(teacher, notes.guidance) if notes else GUIDANCE
     elif trained or not 0 <= guidance < math.inf:
         raise UserError(
             f"--guidance {guidance} is for teachers, 0 or more; a student's is part of its weights"

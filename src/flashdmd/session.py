@@ -30,7 +30,14 @@ from flashdmd.models.teacher import DTYPES, Teacher
 from flashdmd.models.vision import load_backbone
 from flashdmd.optimizers import make_optimizer
 from flashdmd.sampler import Sampler
-from flashdmd.sources import cache_embeddings, cache_latents, known_prompts, open_source, prompts_of
+from flashdmd.sources import (
+    cache_embeddings,
+    cache_latents,
+    described,
+    known_prompts,
+    open_source,
+    prompts_of,
+)
 from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
@@ -53,6 +60,7 @@ class Session:
     latents: Latents | None = None  # of the real pictures, where they were encoded before
     reward: RewardModel | None = None  # of stage 2
     prompts: tuple[str, ...] = ()  # none: the captions
+    data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     start: State = field(default_factory=State)  # what the next stage takes over
 
@@ -160,7 +168,7 @@ def open_session(recipe: Recipe) -> Session:
     prompts = prompts_of(recipe)
     teacher = teacher_of(recipe)
     check_steps(teacher, recipe.method.student_timesteps)
-    source, latents = open_source(recipe, teacher), None
+    (source, caveat), latents = open_source(recipe, teacher), None
     if recipe.data.cache_latents:
         source, latents = cache_latents(recipe, teacher, source)
     if recipe.data.cache_text_embeddings:
@@ -208,6 +216,7 @@ def open_session(recipe: Recipe) -> Session:
         student=generator.twin("average") if averages else generator,
         reward=reward,
         prompts=prompts,
+        data=described(source, caveat),
         start=State(averaged=notes.averaged if notes else 0),
     )
     for module, part in (

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from flashdmd.batches import EmojiSource, Source, as_tensor
 from flashdmd.cache import Embeddings, Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.data import PictureSource, TeacherSamples, open_data, read_prompts
-from flashdmd.data.teacher import statement
+from flashdmd.data.listing import names
 from flashdmd.drawing import Arm
 from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
@@ -32,14 +34,14 @@ def cache_of(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir or Path(recipe.output_dir) / "cache")
 
 
-def open_source(recipe: Recipe, teacher: Teacher) -> Source:
+def open_source(recipe: Recipe, teacher: Teacher) -> tuple[Source, str]:
     """The real pictures: the embedded world's, or at the teacher's size those of a folder, tars, a
-    data set; or the teacher's own samples.
+    data set; or the teacher's own samples. And what a run on them has to say of itself, or "".
     """
     data, name = recipe.data, recipe.data.train_data_dir
     if name != EMOJI:
-        where = teacher_pool(recipe, teacher) if name == OWN else name
-        return open_data(
+        where, caveat = teacher_pool(recipe, teacher) if name == OWN else (name, "")
+        source = open_data(
             where,
             teacher.image_size,
             captions=not data.prompts,
@@ -50,17 +52,31 @@ def open_source(recipe: Recipe, teacher: Teacher) -> Source:
             image_column=data.image_column,
             caption_column=data.caption_column,
         )
+        return source, caveat
     if teacher.image_size != SIZE:
         raise UserError(
             f"data.train_data_dir=emoji has pictures of {SIZE} pixels and "
             f"{teacher.folder} draws {teacher.image_size}; name a folder of pictures of your own, "
             "or teacher for samples of the teacher"
         )
-    return EmojiSource()
+    return EmojiSource(), ""
 
 
-def teacher_pool(recipe: Recipe, teacher: Teacher) -> Path:
-    """A folder of samples of the teacher for data.prompts, drawn once."""
+def described(source: Source, caveat: str) -> dict[str, Any]:
+    """data.json: what a run learns on, and what was left out of it, in sentences and in counts."""
+    if not isinstance(source, PictureSource):
+        endless = "The pictures are emoji of the embedded world, rendered anew for every batch."
+        return {"caveat": caveat, "says": [endless], "counts": {}}
+    says, lost = [f"{source.report}."], source.catalogue.listing.left_out
+    if lost:
+        says.append(f"Left out: {names(lost)}.")
+    if n := len(source.without):
+        says.append(f"Of those that are used, {n} could not be read when they were encoded.")
+    return {"caveat": caveat, "says": says, "counts": asdict(source.report)}
+
+
+def teacher_pool(recipe: Recipe, teacher: Teacher) -> tuple[Path, str]:
+    """A folder of samples of the teacher for data.prompts, drawn once, and what these are."""
     prompts = prompts_of(recipe)
     if not prompts:
         raise UserError(
@@ -72,22 +88,10 @@ def teacher_pool(recipe: Recipe, teacher: Teacher) -> Path:
     said = f"{steps} {scale} {teacher.image_size}"
     parts = teacher.pipeline.components.values()
     key = fingerprint(*(p.state_dict() for p in parts if isinstance(p, nn.Module)), said)
-    return TeacherSamples(
+    samples = TeacherSamples(
         arm.draw, prompts, recipe.data.teacher_samples, key, recipe.train.seed, arm.at_once
-    ).make(cache_of(recipe))
-
-
-def about(recipe: Recipe, source: Source) -> list[str]:
-    """What a run learns on, in sentences; nothing of the embedded world."""
-    if not isinstance(source, PictureSource):
-        return []
-    said = [str(source.report)]
-    if recipe.data.train_data_dir == OWN:
-        said.insert(0, statement(recipe.data.teacher_samples, prompts_of(recipe)))
-    if recipe.data.prompts:
-        prompts = prompts_of(recipe)
-        said.append(f"The student is trained on {len(prompts)} prompts of {recipe.data.prompts}.")
-    return said
+    )
+    return samples.make(cache_of(recipe)), samples.statement
 
 
 def known_prompts(source: Source, prompts: tuple[str, ...]) -> list[str]:

@@ -12,8 +12,10 @@ from PIL import Image
 from flashdmd.errors import UserError
 from flashdmd.report.health import number, refined
 
-FILES = ("recipe.yaml", "metrics.jsonl", "metrics.json", "samples", "timing.json", "versions.json")
-DATA = "data.json"
+FILES = (
+    "recipe.yaml", "metrics.jsonl", "metrics.json", "samples", "data.json", "timing.json",
+    "versions.json",
+)  # fmt: skip
 Record = Mapping[str, Any]
 
 
@@ -30,9 +32,10 @@ class Run:
     rows: list[Record] = field(default_factory=list)
     fingerprint: Record = field(default_factory=dict)
     health: list[Record] = field(default_factory=list)
+    caveat: str = ""  # what stands in real pictures' place
+    data: list[str] = field(default_factory=list)  # sentences on the pictures that it learned on
     timing: dict[str, float] = field(default_factory=dict)  # milliseconds an iteration
     versions: Record = field(default_factory=dict)
-    data: list[str] = field(default_factory=list)  # what the run learned on, in sentences
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -74,8 +77,8 @@ def read(folder: Path) -> Run:
     read_log(run)
     read_samples(run)
     read_metrics(run)
-    read_machine(run)
     read_data(run)
+    read_machine(run)
     if not run.has_stage_2:
         run.missing.append("Stage 2 (reinforcement learning) has not run.")
     return run
@@ -178,19 +181,18 @@ def read_metrics(run: Run) -> None:
     run.fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
 
 
+def read_data(run: Run) -> None:
+    data = read_json(run, "data.json", "it is not known what the run learned on")
+    run.caveat = str(data.get("caveat", ""))
+    run.data = [str(sentence) for sentence in listed(data, "says")]
+
+
 def read_machine(run: Run) -> None:
     timing = read_json(run, "timing.json", "it is not known where the time went")
     parts = timing.get("milliseconds")
     parts = parts if isinstance(parts, dict) else {}
     run.timing = {part: ms for part in parts if (ms := number(parts, part)) is not None}
     run.versions = read_json(run, "versions.json", "the versions are not known")
-
-
-def read_data(run: Run) -> None:
-    """Runs on the embedded pictures, and older ones, have nothing to say of their data."""
-    if (run.folder / DATA).exists():
-        said = listed(read_json(run, DATA, "it is not known what it learned on"), "data")
-        run.data = [sentence for sentence in said if isinstance(sentence, str)]
 
 
 def read_json(run: Run, name: str, so: str) -> dict[str, Any]:
