@@ -346,3 +346,39 @@ def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody(
     assert n == t.averaged == 18 + before + averaged
     ours, theirs = weights(t), weights(without)
     assert not changed({k: ours[k] for k in theirs}, theirs)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_update_of_the_whole(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With draws that do not depend on how many are drawn at a time."""
+    randn = torch.randn
+
+    def normal(*shape: int | torch.Size, **how: object) -> Tensor:
+        return randn(*shape, **how) if how.get("generator") else torch.full(shape[0], 0.3)
+
+    monkeypatch.setattr(torch, "randn", normal)
+    monkeypatch.setattr(torch, "randn_like", lambda x: (40 * x.detach()).cos())
+    monkeypatch.setattr(
+        torch,
+        "randint",
+        lambda low, high=None, size=(), **_: (
+            torch.full(size, (high or 2) // 2)
+            if high is not None
+            else torch.zeros(size if size else (), dtype=torch.long)
+        ),
+    )
+    monkeypatch.setattr("flashdmd.algorithm.pick", lambda values, rng: values[-1])
+    monkeypatch.setattr("flashdmd.algorithm.one_each", lambda stack: stack[-1])
+    ends = []
+    for k in (1, parts):
+        t = trainer(parts=k)
+        for _ in t.order:
+            t.iterate()
+        assert {"generator", "score", "discriminator", "preference"} <= t.state.updates.keys()
+        ends.append(weights(t))
+    for name, whole in ends[0].items():
+        for p, q in zip(whole, ends[1][name], strict=True):
+            torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5)
+    assert changed(weights(trainer()), ends[0]) >= {"generator", "score", "discriminator"}
