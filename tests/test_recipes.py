@@ -303,8 +303,12 @@ def test_arms_draw_squares_and_are_measured_by_squares(
     monkeypatch.setattr(run, "OwnBench", Remembering)
     session = opened(here, {"aspect_ratio_buckets": True})
     bench = run.bench_of(session.recipe, session.teacher)
-    assert seen == [(8, 3, 2 * SIDE, 2 * SIDE)]
+    assert [shape[1:] for shape in seen] == [(3, 2 * SIDE, 2 * SIDE)]
+    assert 1 < seen[0][0] <= 8  # a picture that was drawn twice is there once
     assert bench.protocol.reference == "real pictures"
+    (here / "three.txt").write_text("a cat\na dog\na tree")
+    session = opened(here, {"prompts": str(here / "three.txt")})
+    assert len(run.bench_of(session.recipe, session.teacher).prompts) == 8  # some of them again
 
 
 def test_caches_change_no_loss_and_let_the_encoders_go(here: Path) -> None:

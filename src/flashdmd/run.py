@@ -302,10 +302,13 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
     drawn = source.draw(rng, said.num_prompts)
     captions = drawn.captions
     if known := prompts_of(recipe):
-        captions = [known[i] for i in rng.permutation(len(known))[: said.num_prompts]]
+        n = min(said.num_prompts, max(len(known), LEAST))  # of too few, some again
+        captions = [known[i] for i in np.resize(rng.permutation(len(known)), n)]
     if len(said.prompts) >= LEAST:
         captions = list(said.prompts)
-    bench = OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures)
+    assert drawn.pictures is not None
+    _, once = np.unique(drawn.indices, return_index=True)  # one met twice is no pair to compare
+    bench = OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures[once])
     if caveat:
         bench.protocol = replace(bench.protocol, reference="samples of the teacher")
     return bench

@@ -17,6 +17,7 @@ from flashdmd.evaluate.protocol import VERSION, Draw, Score, batches, weights_di
 from flashdmd.files import digest
 
 SIDE = 256  # pixels across, at most, of what the backbone looks at
+SHORTEST = 64  # at least: of 32 pixels of noise all its features are 0, and so is every KID
 EACH = 8  # pictures of a prompt, for diversity
 MANY = 8  # prompts that get so many
 LEAST = 8  # pictures that a distance is computed of
@@ -99,8 +100,9 @@ class OwnBench:
 
 
 def small(images: Tensor) -> Tensor:
-    """No side longer than SIDE."""
-    scale = SIDE / max(images.shape[-2:])
-    if scale >= 1:
+    """The longer side SIDE at most and SHORTEST at least."""
+    longer = max(images.shape[-2:])
+    scale = min(max(longer, SHORTEST), SIDE) / longer
+    if scale == 1:
         return images
     return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
