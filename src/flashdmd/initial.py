@@ -93,6 +93,8 @@ def commented(recipe: Recipe) -> str:
             continue
         lines.append(f"{section}:")
         said = comments(SECTIONS[section])
+        if section == "method":
+            said["teacher_guidance_scale"] = "[DEF] this family's (docs/families.md)"
         if section == "train" and recipe.lora.rank:
             said |= LORA_COMMENTS
         for key, value in content.items():

@@ -5,6 +5,7 @@ speaks is a matter of which adapter is on: none (the teacher), the student's, th
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -250,7 +251,9 @@ def add_adapter(network: nn.Module, adapter: Adapter, name: str) -> None:
         init_lora_weights="gaussian",  # A is drawn, B is zero
     )
     try:
-        inject_adapter_in_model(config, network, name)
+        with warnings.catch_warnings():  # several adapters on one network are what is wanted
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, network, name)
     except ValueError as e:
         linear = {
             n.rpartition(".")[2] for n, m in network.named_modules() if isinstance(m, nn.Linear)
