@@ -4,7 +4,6 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -308,10 +307,8 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
         captions = list(said.prompts)
     assert drawn.pictures is not None
     _, once = np.unique(drawn.indices, return_index=True)  # one met twice is no pair to compare
-    bench = OwnBench(captions, said.seed, EfficientNetLite(2), drawn.pictures[once])
-    if caveat:
-        bench.protocol = replace(bench.protocol, reference="samples of the teacher")
-    return bench
+    called = "samples of the teacher" if caveat else "real pictures"
+    return OwnBench(captions, said.seed, EfficientNetLite(2), called, drawn.pictures[once])
 
 
 def scorer(reward: RewardModel, teacher: Teacher) -> Score:

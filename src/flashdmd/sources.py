@@ -1,7 +1,5 @@
 """What a run learns on: real pictures or the teacher's, and what is computed of them once."""
 
-import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,8 @@ from flashdmd.drawing import Arm
 from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
 from flashdmd.models.teacher import DTYPES, Teacher
-from flashdmd.sampler import Cond
 
 EMOJI, OWN = "emoji", "teacher"  # as data.train_data_dir: the embedded world, the teacher's samples
-log = logging.getLogger(__name__)
 
 
 def prompts_of(recipe: Recipe) -> tuple[str, ...]:
@@ -108,28 +104,15 @@ def known_prompts(source: Source, prompts: tuple[str, ...]) -> list[str]:
     return [source.catalogue.caption(i) for i in range(len(source.catalogue))]
 
 
-def cached(
-    recipe: Recipe,
-    encoders: nn.Module | list[nn.Module],
-    encode: Callable[[list[str]], Cond],
-    prompts: list[str],
-    *said: str,
-) -> Embeddings:
-    """`encode` of these prompts, from the disk. `said`: settings that it depends on."""
-    modules = encoders if isinstance(encoders, list) else [encoders]
-    key = fingerprint(*(m.state_dict() for m in modules), *said)
-    dtype = DTYPES[recipe.model.frozen_dtype]  # the encoders', so nothing is lost
-    kept = Embeddings(cache_of(recipe) / "embeddings", key, dtype)
-    kept.make(prompts, encode)
-    return kept
-
-
 def cache_embeddings(recipe: Recipe, teacher: Teacher, prompts: list[str]) -> None:
-    """Encodes all prompts once and lets the text encoders go."""
+    """Encodes all prompts once, kept on the disk, and lets the text encoders go."""
     parts = teacher.pipeline.components.items()
     encoders = [m for name, m in parts if name.startswith("text_encoder") and m is not None]
+    key = fingerprint(*(m.state_dict() for m in encoders), type(teacher.family).__name__)
+    dtype = DTYPES[recipe.model.frozen_dtype]  # the encoders', so nothing is lost
+    kept = Embeddings(cache_of(recipe) / "embeddings", key, dtype)
     with torch.no_grad():
-        kept = cached(recipe, encoders, teacher.read, prompts, type(teacher.family).__name__)
+        kept.make(prompts, teacher.read)
     teacher.words = kept
     teacher.forget_encoders()
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,12 @@ class TeacherSamples:
 
     @property
     def statement(self) -> str:
-        return statement(self.n, self.prompts)
+        """What a run on this pool has to say of itself."""
+        return (
+            "There are no real pictures: the discriminator's are "
+            f"{self.n} samples of the teacher for {min(self.n, len(self.prompts))} prompts, so the "
+            "student is held to the teacher's pictures and cannot become better than these."
+        )
 
     def make(self, root: Path) -> Path:
         """The pool's folder under `root`, drawn where it is not there yet.
@@ -66,15 +71,6 @@ class TeacherSamples:
         )
         write_text(folder / METADATA[0], "".join(lines))
         return folder
-
-
-def statement(n: int, prompts: Sequence[str]) -> str:
-    """What a run on a pool of `n` samples for these prompts has to say of itself."""
-    return (
-        "There are no real pictures: the discriminator's are "
-        f"{n} samples of the teacher for {min(n, len(prompts))} prompts, so the student is held to "
-        "the teacher's pictures and cannot become better than these."
-    )
 
 
 def whole(path: Path) -> bool:

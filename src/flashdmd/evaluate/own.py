@@ -33,7 +33,7 @@ class Own:
 
 
 class OwnBench:
-    """KID to `reference` pictures, or to the first arm's where there are none; diversity; reward.
+    """KID to `reference` pictures, which `called` names; diversity; reward.
 
     The features are those of a backbone that nothing was trained against.
     """
@@ -43,17 +43,17 @@ class OwnBench:
         prompts: list[str],
         seed: int,
         backbone: Any,
-        reference: np.ndarray | None = None,
+        called: str,
+        reference: np.ndarray,
     ) -> None:
         if len(prompts) < LEAST:
             raise UserError(
                 f"there are {len(prompts)} prompts to measure on; name {LEAST} or more as "
                 "validation.prompts, or in data.prompts"
             )
-        what = "real pictures" if reference is not None else "the pictures of the first arm"
-        self.protocol = Own(len(prompts), seed, what)
+        self.protocol = Own(len(prompts), seed, called)
         self.prompts, self.backbone = prompts, backbone
-        self.real = None if reference is None else self.pooled(reference)
+        self.real = self.pooled(reference)
 
     @torch.no_grad()
     def pooled(self, pictures: np.ndarray) -> Tensor:
@@ -66,7 +66,7 @@ class OwnBench:
             "metric": f"KID on EfficientNet-Lite2 features, to {self.protocol.reference}",
             "protocol": asdict(self.protocol),
             "prompts": digest(json.dumps([self.prompts, EACH, MANY]).encode()),
-            "real": None if self.real is None else digest(self.real.numpy().tobytes()),
+            "real": digest(self.real.numpy().tobytes()),
             "backbone": weights_digest(dict(self.backbone.named_parameters())),
             "reward": weights_digest(dict(reward.named_parameters())) if reward else None,
             "torch": torch.__version__,
@@ -80,17 +80,14 @@ class OwnBench:
         pictures = draw(self.prompts, seed)
         seconds = (time.perf_counter() - started) / len(pictures)
         features = self.pooled(pictures)
-        if self.real is None:
-            self.real = features
-        own = self.real is features  # nothing can be said of its distance to itself
         often = [p for p in self.prompts[:MANY] for _ in range(EACH)]
         groups = np.split(draw(often, seed + len(pictures)), len(often) // EACH)
         spread = [pairwise(self.backbone(small(batches(g, EACH)[0]))) for g in groups]
         return {
             "arm": arm,
             "nfe": nfe,
-            "kid": None if own else kid(features, self.real),
-            "kid_ci": None if own else list(interval(features, self.real)),
+            "kid": kid(features, self.real),
+            "kid_ci": list(interval(features, self.real)),
             "retrieval": None,
             "reward": float(reward(pictures, self.prompts).mean()) if reward else None,
             "held_out_reward": None,

@@ -159,7 +159,7 @@ def as_images(pictures: np.ndarray) -> Tensor:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    parts = [(k, weights[k].detach().contiguous().numpy()) for k in sorted(weights)]
+    parts = [(k, weights[k].detach().cpu().contiguous().numpy()) for k in sorted(weights)]
     return digest(b"".join(k.encode() + v.tobytes() for k, v in parts))
 
 
