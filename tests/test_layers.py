@@ -9,8 +9,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src/flashdmd"
 LAYERS: list[set[str]] = [  # a module may import what stands in its own line or above
-    {"__init__", "errors", "files", "seeds", "schedule", "losses", "augment"},
-    {"sampler", "discriminator", "reward", "stopwatch", "memory"},
+    {"__init__", "errors", "files", "seeds", "schedule", "losses", "draws"},
+    {"sampler", "discriminator", "reward", "stopwatch", "memory", "augment", "distributed"},
     {"algorithm", "baselines"},
     {"optimizers"},
     {"config", "checkpoint", "data", "cache", "models", "emoji", "evaluate"},
@@ -31,6 +31,7 @@ CORE = (
     "discriminator",
     "reward",
     "augment",
+    "draws",
 )
 MAY_USE = {
     "diffusers": {"models", "emoji"},

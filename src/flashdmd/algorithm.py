@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
-from flashdmd import losses
+from flashdmd import draws, losses
 from flashdmd.sampler import Cond, Denoiser, Sampler, repeat, times
 from flashdmd.schedule import STEPS
 
@@ -270,7 +270,7 @@ class FlashDMD:
         on_real, on_fake = self.discriminator(real), self.discriminator(fake)
         terms = {"hinge": losses.hinge_discriminator(on_real, on_fake)}
         if self.r1_weight:
-            on_noisy = self.discriminator(real + self.r1_sigma * torch.randn_like(real))
+            on_noisy = self.discriminator(real + self.r1_sigma * draws.normal(real))
             terms["r1"] = self.r1_weight * losses.approximate_r1(on_real, on_noisy)
         return Loss(
             terms,
@@ -326,7 +326,7 @@ class FlashDMD:
             if not prefers:
                 z = self.sampler.renoise(seen, step)
                 continue
-            pool = self.sampler.renoise(seen.repeat(k, *(1,) * (x0.ndim - 1)), step)  # (K B, *d)
+            pool = torch.cat([self.sampler.renoise(seen, step) for _ in range(k)])  # (K B, *d)
             with torch.no_grad():
                 scores = self.reward(pool, times(step, pool), repeat(reward_cond, k))
             pool, scores = (p.unflatten(0, (k, len(z))) for p in (pool, scores))
@@ -345,10 +345,10 @@ def renoised(sampler: Sampler, method: Method, x0: Tensor, t: int) -> tuple[Tens
     if method.renoise == "above_t":
         u_of_t = t / (shift - (shift - 1) * t / STEPS)  # the shift below, solved for u
         low = min(max(low, math.ceil(u_of_t)), high)
-    u = torch.randint(low, high + 1, (len(x0),), device=x0.device).float()
+    u = draws.integers(low, high + 1, x0).float()
     # whole: a table of alphas has nothing between two steps
     s = (shift * u / (1 + (shift - 1) * u / STEPS)).round().clamp(1, STEPS - 1)
-    return sampler.process.add_noise(x0, torch.randn_like(x0), s), s
+    return sampler.process.add_noise(x0, draws.normal(x0), s), s
 
 
 def matching_loss(
@@ -373,12 +373,13 @@ def diffusion_loss(
     sampler: Sampler, method: Method, denoiser: Denoiser, x0: Tensor, cond: Cond
 ) -> Tensor:
     """E w(t)^2 |x_0_hat - x_0|^2, with w so that the error is the one in eps, x_0 or native."""
-    process, like = sampler.process, torch.zeros(len(x0), device=x0.device)
+    process = sampler.process
     if method.score_times == "uniform":
-        t = torch.randint(1, STEPS, like.shape, device=x0.device).float()
+        t = draws.integers(1, STEPS, x0).float()
     else:
-        t = (STEPS * torch.randn_like(like).sigmoid()).round().clamp(1, STEPS - 1)
-    eps = torch.randn_like(x0)
+        u = draws.normal(torch.zeros(len(x0), device=x0.device))
+        t = (STEPS * u.sigmoid()).round().clamp(1, STEPS - 1)
+    eps = draws.normal(x0)
     x_t = process.add_noise(x0, eps, t)
     kind = process.kind if method.score_loss == "native" else method.score_loss
     weight = replace(process, kind=kind).error_weight(t, x0)
@@ -393,7 +394,7 @@ def watch_latents(x0: Tensor) -> dict[str, Tensor]:
 def one_each(stack: Tensor) -> Tensor:
     """(S, B, *d) -> (B, *d): each example from a row of its own, all rows equally likely."""
     rows = torch.arange(stack.shape[1], device=stack.device)
-    return stack[torch.randint(len(stack), rows.shape, device=stack.device), rows]
+    return stack[draws.integers(0, len(stack), stack[0]), rows]
 
 
 def pick(values: tuple[int, ...], rng: torch.Generator) -> int:

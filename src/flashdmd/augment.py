@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashdmd import draws
+
 Change = Literal["colour", "translation", "cutout"]
 CHANGES: tuple[Change, ...] = get_args(Change)
 SHIFT = 1 / 8  # of a side, at most
@@ -45,7 +47,7 @@ def translation(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     for dim in (2, 3):
         size = images.shape[dim]
         reach = round(SHIFT * size)
-        by = torch.randint(-reach, reach + 1, (len(images), 1), device=images.device)
+        by = draws.integers(-reach, reach + 1, images)[:, None]
         source = torch.arange(size, device=images.device) - by  # (B, size)
         shape = [len(images), 1, 1, 1]
         shape[dim] = size
@@ -61,7 +63,7 @@ def cutout(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     for dim in (2, 3):
         size = images.shape[dim]
         extent = round(HOLE * size)
-        centre = torch.randint(size, (len(images), 1, 1, 1), device=images.device)
+        centre = draws.integers(0, size, images)[:, None, None, None]
         start = centre - extent // 2
         shape = [1, 1, 1, 1]
         shape[dim] = size
@@ -72,8 +74,7 @@ def cutout(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 
 def uniform(images: Tensor, low: float, high: float) -> Tensor:
     """(B, 1, 1, 1): a number for each picture."""
-    drawn = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
-    return low + (high - low) * drawn
+    return low + (high - low) * draws.uniform(images)[:, None, None, None]
 
 
 APPLY = {"colour": colour, "translation": translation, "cutout": cutout}

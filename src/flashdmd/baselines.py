@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from flashdmd import losses
+from flashdmd import draws, losses
 from flashdmd.algorithm import (
     Loss,
     Method,
@@ -107,8 +107,8 @@ class DMD2:
 
     def logits(self, x0: Tensor, cond: Cond) -> Tensor:
         """The head's verdict on `x0` at a noise level of its own (diffusion-GAN)."""
-        t = torch.randint(1, STEPS, (len(x0),), device=x0.device).float()
-        x_t = self.sampler.process.add_noise(x0, torch.randn_like(x0), t)
+        t = draws.integers(1, STEPS, x0).float()
+        x_t = self.sampler.process.add_noise(x0, draws.normal(x0), t)
         features = cast(Bottleneck, self.score.bottleneck)(x_t, t, cond)
         logits: Tensor = self.discriminator(features)
         return logits

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashdmd import draws
 from flashdmd.schedule import Process, per_example
 
 Cond = dict[str, Tensor]  # keyword tensors of the network's forward, batch first
@@ -108,8 +109,7 @@ class Sampler:
     ) -> Float[Tensor, "B *d"]:
         """A draw from `transition`."""
         mean, std = self.transition(x0, t_next, seen)
-        fresh = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
-        return mean + per_example(std, x0) * fresh
+        return mean + per_example(std, x0) * draws.normal(x0, rng)
 
     def walk(
         self,

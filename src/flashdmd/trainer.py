@@ -3,15 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flashdmd import checkpoint
+from flashdmd import checkpoint, distributed, draws
 from flashdmd.algorithm import FlashDMD, Loss, Rollout, Update
 from flashdmd.baselines import DMD2
 from flashdmd.errors import UserError
@@ -62,14 +62,16 @@ class Learner:
     warmup: int
     max_grad_norm: float
 
-    def step(self, updates: int) -> float:
-        """One step after `updates` earlier ones; returns the gradient norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+    def clip(self) -> float:
+        """Clips the gradients; returns the norm that they had."""
+        return float(nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm))
+
+    def step(self, updates: int) -> None:
+        """One step after `updates` earlier ones."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (updates + 1) / max(1, self.warmup))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
 
 
 @dataclass
@@ -83,6 +85,7 @@ class State:
     averaged: int = 0  # updates in the average that the run started from: another run's student
     gan_loss_weight: float | None = None  # lambda_adv; None: the method's, until it is calibrated
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
+    bad_in_a_row: int = 0  # iterations, up to this one, with an update that was skipped
 
     def for_next_stage(self) -> "State":
         """A stage counts its own updates; cost and lambda_adv go on from the stage before."""
@@ -94,6 +97,13 @@ class State:
         )
 
 
+class Bad(NamedTuple):
+    """An iteration with updates that were not finite and so were skipped, enough to replay it."""
+
+    facts: dict[str, Any]
+    batch: Batch
+
+
 @dataclass
 class Trainer:
     algorithm: FlashDMD | DMD2
@@ -101,7 +111,6 @@ class Trainer:
     batches: Callable[[int, tuple[Update, ...]], Batch]
     learners: dict[str, Learner]  # by the names in algorithm.trains
     seed: int = 0
-    rank: int = 0
     precision: torch.dtype | None = None  # autocast of the networks; losses stay float32
     calibration: tuple[int, int] = (50, 150)  # generator updates between which lambda_adv is set
     stage: str = "distill"
@@ -111,6 +120,7 @@ class Trainer:
     ema_decay: float = 0.99
     parts: int = 1  # gradient accumulation: what a batch is worked through in
     device: str = "cpu"  # the kind that autocast is told
+    bad: Bad | None = None  # the last iteration, if it skipped an update
 
     def __post_init__(self) -> None:
         self.take_weight()
@@ -138,25 +148,33 @@ class Trainer:
         return self.state.iteration % len(self.order) == 0
 
     def iterate(self) -> dict[str, float]:
-        """One iteration; what it does depends on seed, rank, stage and iteration number alone."""
+        """One iteration; what it does depends on seed, stage and iteration number alone, not on
+        how many processes make it, or in how many parts.
+        """
         started = time.perf_counter()
         n = self.state.iteration
         updates = self.order[n % len(self.order)]
         shared = torch.Generator().manual_seed(seed_of(self.seed, self.stage, n))
-        torch.manual_seed(seed_of(self.seed, self.stage, n, self.rank))
+        torch.manual_seed(seed_of(self.seed, self.stage, n, 0))
         with self.cast():  # real pictures are decoded in the precision of the student's
             batch = self.batches(n, updates)
         record: dict[str, float] = {}
+        bad: dict[str, dict[str, float]] = {}  # by update: what was not finite
         parts = batch.split(self.parts)
         steps = (0, 0) if updates == ("preference",) else self.algorithm.draw_steps(shared)
         samples: list[Rollout] = []  # of each part, shared by all updates of this iteration
         for update in updates:
-            record |= self.update(update, samples, parts, steps)
+            told = self.update(update, samples, parts, steps)
+            if odd := {k: v for k, v in told.items() if not math.isfinite(v)}:
+                bad[update] = odd
+                told = {f"{update}/skipped": 1.0}
+            record |= told
         if "score" in updates:
-            self.state.images += len(batch.noise)
+            self.state.images += len(batch.noise) * distributed.ranks()
         self.state.iteration += 1
-        if bad := {k: v for k, v in record.items() if not math.isfinite(v)}:
-            raise FloatingPointError(f"iteration {n} of stage {self.stage}: {bad}")
+        self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if bad else 0
+        where = {"stage": self.stage, "iteration": n, "seed": self.seed, "steps": steps}
+        self.bad = Bad(where | {"not_finite": bad}, batch) if bad else None
         seconds = time.perf_counter() - started
         self.stopwatch.iteration(seconds)
         return record | {"seconds": seconds}
@@ -166,38 +184,66 @@ class Trainer:
     ) -> dict[str, float]:
         """One update: loss and gradients part by part, optimizers, the coupling after a
         generator's. The first one of an iteration draws the `samples` that the later ones learn on.
+
+        Where a term or a gradient is not finite, no weight and no count is changed.
         """
         names = self.algorithm.trains[update]
-        values: dict[str, float] = {}
         taken: tuple[Gradients, Gradients] = ({}, {})
-        first = not samples
         with self.only(names):
-            for i, part in enumerate(parts):
-                if first and update != "preference":
+            record = distributed.mean(self.learn(update, samples, parts, steps, taken))
+            learners = {name: self.learners[name] for name in names}
+            networks = {learner.network: None for learner in learners.values()}
+            every = (p.grad for network in networks for p in network.parameters())
+            distributed.average([grad for grad in every if grad is not None])
+        if update == "generator":
+            record |= self.weigh(*taken)
+            record |= {"generator/t_matching": steps[0], "generator/t_adversarial": steps[1]}
+        with self.stopwatch.part("optimizers"):
+            record |= {f"{name}/grad_norm": learner.clip() for name, learner in learners.items()}
+            if not all(map(math.isfinite, record.values())):
+                for learner in learners.values():
+                    learner.optimizer.zero_grad()
+                return record
+            if update == "generator":
+                self.calibrate(record)
+                record["gan_loss_weight"] = self.algorithm.gan_loss_weight
+            for name, learner in learners.items():
+                done = self.state.updates.get(name, 0)
+                learner.step(self.state.before.get(name, 0) + done)
+                self.state.updates[name] = done + 1
+            if update in ("generator", "preference"):
+                self.algorithm.couple()
+                self.average()
+        return record
+
+    def learn(
+        self,
+        update: Update,
+        samples: list[Rollout],
+        parts: list[Batch],
+        steps: tuple[int, int],
+        taken: tuple[Gradients, Gradients],
+    ) -> dict[str, float]:
+        """Gradients of an update, part by part, each on its rows of the same draws; the means of
+        its terms.
+        """
+        values: dict[str, float] = {}
+        first, of = distributed.rank() * len(parts), distributed.ranks() * len(parts)
+        draws_first = not samples and update != "preference"
+        for i, part in enumerate(parts):
+            again = draws.rewound(self.device) if i + 1 < len(parts) else nullcontext()
+            with again, draws.part(first + i, of):
+                if draws_first:
                     samples.append(self.rollout(part, steps, learns=update == "generator"))
                 with self.cast():
                     loss = self.loss(update, samples[i] if samples else None, part)
                 with self.stopwatch.part(REST):
                     self.backward(update, loss, taken)
-                if update == "generator":  # what it leads back through is no longer needed
-                    samples[i] = samples[i].detach()
-                for name, value in {**loss.terms, **loss.watch}.items():
-                    values[name] = values.get(name, 0.0) + float(value.detach()) / len(parts)
-        record: dict[str, float] = {}
-        if update == "generator":
-            record |= self.weigh(*taken)
-            record |= {"generator/t_matching": steps[0], "generator/t_adversarial": steps[1]}
-        for name in names:
-            done = self.state.updates.get(name, 0)
-            with self.stopwatch.part("optimizers"):
-                before = self.state.before.get(name, 0)
-                record[f"{name}/grad_norm"] = self.learners[name].step(before + done)
-            self.state.updates[name] = done + 1
-        if update in ("generator", "preference"):
-            with self.stopwatch.part("optimizers"):
-                self.algorithm.couple()
-                self.average()
-        return record | values
+            if update == "generator":  # what it leads back through is no longer needed
+                samples[i] = samples[i].detach()
+            for name, value in {**loss.terms, **loss.watch}.items():
+                values[name] = values.get(name, 0.0) + float(value.detach()) / len(parts)
+        return values
 
     def rollout(self, part: Batch, steps: tuple[int, int], learns: bool) -> Rollout:
         """The student's samples, with gradients where it `learns` from them."""
@@ -249,19 +295,20 @@ class Trainer:
 
     def weigh(self, matching: Gradients, adversarial: Gradients) -> dict[str, float]:
         """The gradient of the generator's loss, and the norm that each of its two terms has."""
+        distributed.average([*matching.values(), *adversarial.values()])
         norms = norm_of(matching), norm_of(adversarial)
         for p in self.learners["generator"].network.parameters():
             terms = [taken[p] for taken in (matching, adversarial) if p in taken]
             p.grad = terms[0].add_(terms[1]) if len(terms) == 2 else next(iter(terms), None)
-        self.calibrate(*norms)
         return {
             "generator/grad_norm_matching": norms[0],
             "generator/grad_norm_adversarial": norms[1],
-            "gan_loss_weight": self.algorithm.gan_loss_weight,
         }
 
-    def calibrate(self, matching: float, adversarial: float) -> None:
+    def calibrate(self, record: dict[str, float]) -> None:
         """Sets lambda_adv once, from the mean gradient norms within the calibration window."""
+        matching = record["generator/grad_norm_matching"]
+        adversarial = record["generator/grad_norm_adversarial"]
         ratio, (first, last) = self.algorithm.method.gan_gradient_ratio, self.calibration
         if ratio is None or not first <= self.generator_updates < last:
             return

@@ -1,0 +1,172 @@
+"""Several processes on one run: the only file that knows how many there are.
+
+Started by torchrun, `accelerate launch` or a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. Every process draws the same batches and works through its own rows of them; gradients
+are averaged. One process is the case in which nothing here does anything.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashdmd.errors import UserError
+
+BUCKET = 2**24  # numbers that travel together
+TIMEOUT = "FLASHDMD_TIMEOUT_MINUTES"  # how long a process waits for the others; 30 unless set
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes of this run know each other: by NCCL on GPUs, else by gloo.
+
+    Raises UserError when the environment that says who they are makes no sense.
+    """
+    try:
+        of, minutes = int(os.environ.get("WORLD_SIZE", "1")), float(os.environ.get(TIMEOUT, "30"))
+        here = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as e:
+        raise UserError(f"WORLD_SIZE, LOCAL_RANK and {TIMEOUT} must be numbers: {e}") from e
+    if of == 1:
+        yield
+        return
+    if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE={of} but {', '.join(sorted(missing))} are not set; start several "
+            "processes with torchrun or `accelerate launch`, or unset WORLD_SIZE"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(here % torch.cuda.device_count())
+    dist.init_process_group(timeout=timedelta(minutes=minutes))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if ranks() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the body alone, the others after it: they find what it made.
+
+    An error of one of them is told to the others by its end.
+    """
+    if not first():
+        barrier()
+    yield
+    if first():
+        barrier()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any of the processes: all get the same answer."""
+    if ranks() == 1:
+        return flag
+    told = torch.tensor(float(flag), device=device())
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Of numbers that every process has under the same names; not finite where any is not."""
+    if ranks() == 1 or not values:
+        return values
+    told = torch.tensor(list(values.values()), dtype=torch.float64, device=device())
+    dist.all_reduce(told)
+    return dict(zip(values, (told / ranks()).tolist(), strict=True))
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Each replaced by its mean over the processes; all of them have them in the same order."""
+    if ranks() == 1:
+        return
+    for bucket in buckets(tensors):
+        flat = torch.cat([t.flatten() for t in bucket])
+        dist.all_reduce(flat)
+        flat /= ranks()
+        for t, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(mean.view_as(t))
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, as many as `BUCKET` numbers or one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        if bucket and (size + t.numel() > BUCKET or t.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(t)
+        size += t.numel()
+    if bucket:
+        yield bucket
+
+
+def everyones(mine: list[Any]) -> list[Any]:
+    """What all processes have, dealt out as `own` deals: item i from process i % ranks."""
+    if ranks() == 1:
+        return mine
+    lists: list[list[Any]] = [[] for _ in range(ranks())]
+    dist.all_gather_object(lists, mine)
+    n = sum(map(len, lists))
+    return [lists[i % ranks()][i // ranks()] for i in range(n)]
+
+
+def own(items: Sequence[Any]) -> list[Any]:
+    """This process's share: every `ranks`-th, so that no one has more than one above another."""
+    return list(items[rank() :: ranks()])
+
+
+def agree(fact: str, what: str) -> None:
+    """Raises UserError, in all of them, when `fact` is not the same in all processes."""
+    facts = everyones([fact])
+    if len(set(facts)) > 1:
+        raise UserError(
+            f"the processes of this run differ in {what}: {', '.join(sorted(set(facts)))}; give "
+            "all the same files and versions"
+        )
+
+
+def device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" or torch.cuda.is_available() else "cpu"
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is the end of another process, as those who wait for it meet it."""
+    return (
+        ranks() > 1
+        and isinstance(error, dist.DistError | RuntimeError)
+        and any(
+            word in str(error).lower()
+            for word in (
+                "connection closed",
+                "connection reset",
+                "timed out",
+                "timeout",
+                "gloo",
+                "nccl",
+            )
+        )
+    )

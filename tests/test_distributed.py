@@ -1,0 +1,131 @@
+"""Several processes make the run that one makes: real ones, joined by gloo."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import together
+from test_trainer import batches, dmd2_trainer, trainer, weights
+
+from flashdmd import distributed, draws
+from flashdmd.errors import UserError
+from flashdmd.trainer import Batch, Trainer
+
+
+def of_rows(t: Trainer) -> Trainer:
+    """Draws this process's rows of the whole batch."""
+
+    def own(n: int, updates: Any) -> Batch:
+        return batches(n, updates).split(distributed.ranks())[distributed.rank()]
+
+    t.batches = own
+    return t
+
+
+def ends(make: Any, iterations: int) -> tuple[list[dict[str, float]], dict[str, Any], Any]:
+    t = of_rows(make())
+    logs = [t.iterate() for _ in range(iterations)]
+    return logs, weights(t), t.state
+
+
+MADE = {
+    "joint": (trainer, 14),
+    "distill": (lambda: trainer("distill", parts=2), 4),
+    "calibrated": (lambda: trainer("distill", calibration=(1, 3)), 8),
+    "dmd2": (dmd2_trainer, 10),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("make", MADE)
+def test_several_processes_make_the_updates_of_one(make: str, ranks: int) -> None:
+    """Each network, both stages, to rounding: the draws of a batch are the same however cut."""
+    alone, whole, state = ends(*MADE[make])
+    for logs, split, theirs in together(lambda: ends(*MADE[make]), ranks):
+        assert theirs.updates == state.updates
+        assert (theirs.images, theirs.iteration) == (state.images, state.iteration)
+        assert theirs.gan_loss_weight == pytest.approx(state.gan_loss_weight, rel=1e-4)
+        for a, b in zip(alone, logs, strict=True):
+            for name in ("seconds", "latent/std"):  # of a batch, not a mean over it
+                a.pop(name, None), b.pop(name, None)
+            assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+        for name, ours in whole.items():
+            for p, q in zip(ours, split[name], strict=True):
+                torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-6)
+
+
+def test_parts_draw_their_rows_of_the_whole() -> None:
+    def drawn(rows: int) -> list[torch.Tensor]:
+        like = torch.zeros(rows, 3, 5)
+        return [draws.normal(like), draws.integers(3, 9, like), draws.uniform(like)]
+
+    torch.manual_seed(1)
+    whole, after = drawn(6), torch.rand(1)
+    parts = []
+    torch.manual_seed(1)
+    for i in range(3):
+        with draws.rewound("cpu"), draws.part(i, 3):
+            parts.append(drawn(2))
+    drawn(6)
+    assert torch.equal(torch.rand(1), after)
+    for one, *cut in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(cut), one)
+
+
+def test_what_one_has_all_know() -> None:
+    def work() -> tuple[Any, ...]:
+        me = distributed.rank()
+        grads = [torch.full((3,), float(me)), torch.full((2, 2), 10.0 * me).double()]
+        distributed.average(grads)
+        return (
+            distributed.any_of(me == 1),
+            distributed.any_of(False),
+            distributed.mean({"a": float(me), "b": float("nan") if me == 1 else 0.0}),
+            distributed.everyones([f"{item} of {me}" for item in distributed.own(range(7))]),
+            grads,
+        )
+
+    for flag, none, mean, dealt, grads in together(work, 3):
+        assert (flag, none, mean["a"]) == (True, False, 1.0)
+        assert mean["b"] != mean["b"]
+        assert dealt == [f"{i} of {i % 3}" for i in range(7)]
+        assert grads[0].tolist() == [1.0] * 3
+        assert grads[1].dtype == torch.float64
+        assert grads[1].flatten().tolist() == [10.0] * 4
+
+
+def test_the_first_goes_first(tmp_path: Path) -> None:
+    def work() -> list[str]:
+        with distributed.first_alone():
+            (tmp_path / f"{distributed.rank()}").touch()
+            return sorted(p.name for p in tmp_path.iterdir())
+
+    seen = together(work, 3)
+    assert seen[0] == ["0"]
+    assert all("0" in names for names in seen)
+
+
+def test_processes_that_differ_are_told() -> None:
+    def work() -> str:
+        distributed.agree("same", "nothing")
+        with pytest.raises(UserError, match="differ in weights: a, b"):
+            distributed.agree("ab"[distributed.rank()], "weights")
+        return "told"
+
+    assert together(work) == ["told"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"WORLD_SIZE": "two"}, "must be numbers"), ({"WORLD_SIZE": "2"}, "MASTER_ADDR")],
+)
+def test_an_environment_that_makes_no_sense(
+    given: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says), distributed.joined():
+        pass
