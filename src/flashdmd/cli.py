@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +30,7 @@ OUTSIDE = FULL | {  # what can be wrong with a disk or a path, and is no fault o
     errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 
+SHARED = ("train", "demo", "sample", "evaluate")  # by several processes
 NETWORKS = ("model_index.json", "config.json")  # what save_pretrained leaves
 Overrides = Annotated[
     list[str] | None,
@@ -45,12 +49,17 @@ def show_version(wanted: bool | None) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     show: Annotated[
         bool | None,
         typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
     ] = None,
 ) -> None:
-    pass
+    if several() and context.invoked_subcommand not in SHARED:
+        raise UserError(
+            f"{context.invoked_subcommand} is work for one process; started as several are "
+            f"{', '.join(SHARED)}"
+        )
 
 
 @app.command()
@@ -401,8 +410,10 @@ def main() -> None:
     again = "the same command" + (", without --no-resume," if "--no-resume" in sys.argv else "")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        app()
+        with company():
+            app()
     except UserError as e:
         fail(str(e), 2)
     except Interrupted as e:
@@ -423,7 +434,44 @@ def main() -> None:
         fail(f"{e.strerror}{where}. What was saved before is intact{on}", 2)
 
 
+def several() -> bool:
+    """Whether this process was started as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextmanager
+def company() -> Iterator[None]:
+    """Joins the other processes, if there are any; all but the first say nothing but errors."""
+    if not several():
+        yield
+        return
+    from flashdmd import distributed
+
+    with distributed.joined():
+        if not distributed.first():
+            os.environ["TQDM_DISABLE"] = "1"
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
+        try:
+            yield
+        except RuntimeError as e:
+            if not distributed.lost(e):
+                raise
+            told = str(e).partition("\n")[0]
+            fail(
+                f"another process of this run has ended ({told}). What was saved before is intact; "
+                "the same command goes on from there",
+                75,
+            )
+
+
+def interrupt(*_: object) -> None:
+    """SIGTERM outside of training, where it asks for a checkpoint, is as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def fail(message: str, code: int) -> None:
+    if several():
+        message = f"process {os.environ.get('RANK')}: {message}"
     if "tqdm" in sys.modules:  # a bar that is open would be drawn over the message
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()

@@ -43,10 +43,9 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(here % torch.cuda.device_count())
     dist.init_process_group(timeout=timedelta(minutes=minutes))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    barrier()  # the first holds what the others find each other by
+    dist.destroy_process_group()  # after an error the end of the process does it
 
 
 def rank() -> int:

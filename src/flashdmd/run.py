@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flashdmd import checkpoint, config, export
+from flashdmd import checkpoint, config, distributed, export
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
@@ -230,7 +230,10 @@ def full(recipe: Recipe, resume: bool = True) -> Path:
 
     output = train(recipe, resume)
     measure(recipe)
-    return report.write(output)
+    if distributed.first():
+        report.write(output)
+    distributed.barrier()
+    return output / "report.html"
 
 
 DEMO = {  # the shipped recipes, measured on fewer pictures: a quarter of an hour on two cores
@@ -269,15 +272,19 @@ def measure(recipe: Recipe) -> Path:
         one = made()
         rows.append(bench.measure(arm, one.nfe, one.draw, score))
         shown[arm] = one.draw(prompts, recipe.validation.seed)
-        for i, image in enumerate(shown[arm]):
+    path = output / "metrics.json"
+    if not distributed.first():
+        return path
+    for arm, images in shown.items():
+        for i, image in enumerate(images):
             picture(output / "samples" / arm / f"{i:02d}.png", image)
     first = {arm: images[:COMPARED] for arm, images in shown.items()}
     comparison(first, prompts[:COMPARED]).save(output / "samples/comparison.png")
     notes = {"prompts": prompts, "arms": list(arms), "columns": len(prompts)}
     write_json(output / "samples" / "samples.json", notes)
     fingerprint = bench.fingerprint(reward.network if reward else None)
-    write_json(output / "metrics.json", {"fingerprint": fingerprint, "rows": rows})
-    return output / "metrics.json"
+    write_json(path, {"fingerprint": fingerprint, "rows": rows})
+    return path
 
 
 def student_arm(folder: Path, recipe: Recipe) -> "Arm":
@@ -360,7 +367,9 @@ def evaluate(
         score = scorer(rewards[model], arm.teacher) if reward else None
         rows.append(bench.measure(name, arm.nfe, arm.draw, score))
     fingerprint = bench.fingerprint(rewards[models[0]].network if reward else None)
-    write_json(output, {"fingerprint": fingerprint, "rows": rows})
+    if distributed.first():
+        write_json(output, {"fingerprint": fingerprint, "rows": rows})
+    distributed.barrier()
     return output
 
 
@@ -420,7 +429,8 @@ def sample(
             f"--steps {len(trained)}"
         )
     images = Arm(teacher, steps, guidance).draw(prompts, seed)
-    contact_sheet(images, min(len(prompts), 8)).save(output)
+    if distributed.first():
+        contact_sheet(images, min(len(prompts), 8)).save(output)
     return output
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashdmd import checkpoint, export
+from flashdmd import checkpoint, distributed, draws, export
 from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.augment import diff_augment
 from flashdmd.baselines import DMD2, dmd2_cycle
@@ -156,8 +156,8 @@ class Session:
 def cropped(latents: Float[Tensor, "B C h w"], side: int) -> Float[Tensor, "B C a b"]:
     """A square of `side` places of each latent, anywhere; all of one that is no larger."""
     h, w = min(side, latents.shape[2]), min(side, latents.shape[3])
-    tops = torch.randint(latents.shape[2] - h + 1, (len(latents),)).tolist()
-    lefts = torch.randint(latents.shape[3] - w + 1, (len(latents),)).tolist()
+    tops = draws.integers(0, latents.shape[2] - h + 1, latents).tolist()
+    lefts = draws.integers(0, latents.shape[3] - w + 1, latents).tolist()
     corners = zip(latents, tops, lefts, strict=True)
     return torch.stack([z[:, top : top + h, left : left + w] for z, top, left in corners])
 
@@ -168,12 +168,13 @@ def open_session(recipe: Recipe) -> Session:
     prompts = prompts_of(recipe)
     teacher = teacher_of(recipe)
     check_steps(teacher, recipe.method.student_timesteps)
-    (source, caveat), latents = open_source(recipe, teacher), None
-    if recipe.data.cache_latents:
-        source, latents = cache_latents(recipe, teacher, source)
-    if recipe.data.cache_text_embeddings:
-        # DMD2's head is fitted to the features of one prompt, the empty one
-        cache_embeddings(recipe, teacher, [*known_prompts(source, prompts), ""])
+    with distributed.first_alone():  # it makes the caches, the others find them
+        (source, caveat), latents = open_source(recipe, teacher), None
+        if recipe.data.cache_latents:
+            source, latents = cache_latents(recipe, teacher, source)
+        if recipe.data.cache_text_embeddings:
+            # DMD2's head is fitted to the features of one prompt, the empty one
+            cache_embeddings(recipe, teacher, [*known_prompts(source, prompts), ""])
     generator, score = learning(recipe, teacher)
     if student := recipe.model.student_model_name_or_path:
         for learner in (generator, score):  # mu_psi estimates the student's score, whoever that is
