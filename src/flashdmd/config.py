@@ -125,6 +125,7 @@ class Train(Section):
     preference_batch_size: Count = 32  # [DEF] prompts of a preference update, a pair at each S_rl
     gradient_accumulation_steps: Count = 1  # parts that a batch is worked through in
     gradient_checkpointing: bool = False  # of the networks that learn, decoder and backbone
+    sharded: bool = False  # student, score estimator and teacher, over the processes (FSDP2)
     use_8bit_adam: bool = False
     learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL: SenseFlow's (DMD2: 5e-7)
     fake_score_learning_rate: Rate = 1e-6  # [DEF] psi: SenseFlow's
@@ -250,6 +251,20 @@ class Recipe(Section):
                 f"model.quantize_base={self.model.quantize_base} is for LoRA, its base is frozen; "
                 "set lora.rank, or quantize_base to none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded(self) -> "Recipe":
+        for name, asked in (
+            (f"lora.rank={self.lora.rank}", self.lora.rank > 0),
+            ("train.arm=dmd2", self.train.arm == "dmd2"),
+            ("train.use_8bit_adam=true", self.train.use_8bit_adam),
+        ):
+            if self.train.sharded and asked:
+                raise ValueError(
+                    f"train.sharded=true is for full fine-tuning by flash-dmd with moments in "
+                    f"float32, not for {name}; leave one of them out"
+                )
         return self
 
     @model_validator(mode="after")

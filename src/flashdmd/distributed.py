@@ -6,14 +6,24 @@ are averaged. One process is the case in which nothing here does anything.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flashdmd.errors import UserError
 
@@ -98,10 +108,13 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Each replaced by its mean over the processes; all of them have them in the same order."""
+    """Each replaced by its mean over the processes; all of them have them in the same order.
+
+    Gradients of a sharded network are left alone: they were averaged when they were dealt out.
+    """
     if ranks() == 1:
         return
-    for bucket in buckets(tensors):
+    for bucket in buckets(t for t in tensors if not isinstance(t, DTensor)):
         flat = torch.cat([t.flatten() for t in bucket])
         dist.all_reduce(flat)
         flat /= ranks()
@@ -168,4 +181,73 @@ def lost(error: BaseException) -> bool:
                 "nccl",
             )
         )
+    )
+
+
+def shard(network: nn.Module) -> None:
+    """Leaves each process a share of the weights, and so of gradients and moments (FSDP2).
+
+    The parts of the network's lists of blocks are put together when they run, one at a time.
+    """
+    mesh = init_device_mesh(device(), (ranks(),))
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    for block in [block for one in lists for block in one] + [network]:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
+def plain(network: nn.Module) -> type[nn.Module]:
+    """The class of a network as it was before it was sharded."""
+    kind = type(network)
+    return kind.__mro__[2] if issubclass(kind, FSDPModule) else kind
+
+
+def number(value: Tensor) -> float:
+    """Of one that each process may have a share of, such as a norm."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def fill(own: Tensor, whole: Tensor) -> None:
+    """Writes a whole tensor to one that each process may have a share of.
+
+    Raises RuntimeError for one of another shape.
+    """
+    if isinstance(own, DTensor) and own.shape == whole.shape:
+        share = distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+        own.copy_(share)
+    else:
+        own.copy_(whole)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the processor of the first process; the others, who have to call as well, get nothing."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first():
+            found[name] = full.detach().cpu()
+    return found
+
+
+def shards(tensors: Mapping[str, Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """A safetensors file of each process with its shares; all of them have to call."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save_state(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
+
+
+def names_of_shards(folder: Path) -> list[str]:
+    return list(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+
+
+def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fills `tensors`, whole or sharded over any number of processes, from what `save_shards` of
+    any number wrote.
+    """
+    load_state(
+        dict(tensors),
+        storage_reader=HuggingFaceStorageReader(str(folder)),
+        no_dist=ranks() == 1,
     )

@@ -39,7 +39,9 @@ class Arm:
         """
         images = []
         starts = range(0, len(prompts), self.at_once)
-        for start in tqdm(distributed.own(starts), desc="draw", unit="batch", leave=False, delay=10):
+        for start in tqdm(
+            distributed.own(starts), desc="draw", unit="batch", leave=False, delay=10
+        ):
             some = prompts[start : start + self.at_once]
             torch.manual_seed(seed_of("draw", seed, start))
             noise = self.teacher.noise(len(some), seed + start)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,7 @@ class Session:
     student: NetworkDenoiser  # what a stage leaves: the generator, averaged unless ema_decay is 0
     latents: Latents | None = None  # of the real pictures, where they were encoded before
     reward: RewardModel | None = None  # of stage 2
+    reference: NetworkDenoiser | None = None  # of stage 2; None: made when it begins
     prompts: tuple[str, ...] = ()  # none: the captions
     data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -85,7 +86,7 @@ class Session:
         if recipe.train.arm == "dmd2":
             algorithm, order = DMD2(method=method, **shared), dmd2_cycle(method, stage)
         else:
-            reference = self.generator.twin("reference") if reward else None
+            reference = self.reference_of_stage_2() if reward else None
             decode = self.decode
             critic = recipe.discriminator
             algorithm = FlashDMD(
@@ -133,6 +134,13 @@ class Session:
             device=teacher.device.type,
         )
 
+    def reference_of_stage_2(self) -> NetworkDenoiser:
+        """The generator as it is now, frozen."""
+        if self.reference is None:
+            return self.generator.twin("reference")
+        self.reference.take(self.generator)
+        return self.reference
+
     def decode(self, latents: Tensor) -> Tensor:
         """What the discriminator sees of latents: all, or a crop of each."""
         crop = self.recipe.discriminator.crop
@@ -175,10 +183,7 @@ def open_session(recipe: Recipe) -> Session:
         if recipe.data.cache_text_embeddings:
             # DMD2's head is fitted to the features of one prompt, the empty one
             cache_embeddings(recipe, teacher, [*known_prompts(source, prompts), ""])
-    generator, score = learning(recipe, teacher)
-    if student := recipe.model.student_model_name_or_path:
-        for learner in (generator, score):  # mu_psi estimates the student's score, whoever that is
-            export.read_student(learner, Path(student))
+    generator, score, student, reference = learning(recipe, teacher)
     discriminator = build_discriminator(recipe, teacher, score)
     train = recipe.train
     rates = {
@@ -205,17 +210,18 @@ def open_session(recipe: Recipe) -> Session:
     judged_by = recipe.model.reward_model_name_or_path
     scored = load_reward(judged_by, teacher) if judged_by else None  # it measures stage 1 as well
     reward = scored if recipe.train.joint_train_steps else None
-    notes = export.notes_of(Path(student)) if student else None
+    started_from = recipe.model.student_model_name_or_path
+    notes = export.notes_of(Path(started_from)) if started_from else None
     networks = generator, score, discriminator, learners
-    averages = train.ema_decay > 0
     session = Session(
         recipe,
         teacher,
         *networks,
         source=source,
         latents=latents,
-        student=generator.twin("average") if averages else generator,
+        student=student,
         reward=reward,
+        reference=reference,
         prompts=prompts,
         data=described(source, caveat),
         start=State(averaged=notes.averaged if notes else 0),
@@ -236,9 +242,20 @@ def open_session(recipe: Recipe) -> Session:
     return session
 
 
-def learning(recipe: Recipe, teacher: Teacher) -> tuple[NetworkDenoiser, NetworkDenoiser]:
-    """Student and score estimator, both as the teacher is: copies of its network, or with LoRA two
-    adapters on it, equal from the start (so their factors may be coupled, see docs/paper.md).
+class Learning(NamedTuple):
+    """What learns, and what is made of it: all as the teacher's network is."""
+
+    generator: NetworkDenoiser
+    score: NetworkDenoiser
+    student: NetworkDenoiser
+    reference: NetworkDenoiser | None  # where it cannot be made later
+
+
+def learning(recipe: Recipe, teacher: Teacher) -> Learning:
+    """Copies of the teacher's network, or with LoRA adapters on it, equal from the start (so their
+    factors may be coupled, see docs/paper.md).
+
+    A process of a sharded run holds two whole networks at a time and its share of the others.
     """
     lora, frozen = recipe.lora, teacher.denoiser
     if lora.rank:
@@ -246,16 +263,33 @@ def learning(recipe: Recipe, teacher: Teacher) -> tuple[NetworkDenoiser, Network
         adapter = Adapter(lora.rank, float(lora.lora_alpha or lora.rank), layers)
         quantise_base(frozen.network, recipe.model.quantize_base)
         teacher.denoiser = AdapterDenoiser(frozen.network, frozen.family, frozen.process, adapter)
-    generator = teacher.trainable_copy("student")
-    score = generator.twin("score").requires_grad_(True)
-    if recipe.train.gradient_checkpointing:
-        for network in (generator.network, score.network):
-            save_memory(network)
-        if teacher.pipeline.vae._supports_gradient_checkpointing:  # Qwen's and Sana's cannot
-            save_memory(teacher.pipeline.vae)
+    generator, saves = teacher.trainable_copy("student"), recipe.train.gradient_checkpointing
+    if start := recipe.model.student_model_name_or_path:
+        export.read_student(generator, Path(start))  # mu_psi estimates its score, whoever that is
+    sharded = recipe.train.sharded and distributed.ranks() > 1
+    if saves and teacher.pipeline.vae._supports_gradient_checkpointing:  # Qwen's and Sana's cannot
+        save_memory(teacher.pipeline.vae)
+
+    def twin(name: str) -> NetworkDenoiser:
+        other = generator.twin(name)
+        if saves:
+            save_memory(other.network)
+        if sharded:
+            distributed.shard(other.network)
+        return other
+
+    score = twin("score").requires_grad_(True)
+    student = twin("average") if recipe.train.ema_decay > 0 else generator
+    refines = recipe.train.joint_train_steps > 0
+    reference = twin("reference") if sharded and refines else None  # there is no twin of shares
+    if saves:
+        save_memory(generator.network)
     if not lora.rank:
         teacher.hold(recipe.model.frozen_dtype)
-    return generator, score
+    if sharded:
+        distributed.shard(generator.network)
+        distributed.shard(teacher.denoiser.network)
+    return Learning(generator, score, student, reference)
 
 
 def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:

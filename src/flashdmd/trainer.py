@@ -64,7 +64,8 @@ class Learner:
 
     def clip(self) -> float:
         """Clips the gradients; returns the norm that they had."""
-        return float(nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm))
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        return distributed.number(norm)
 
     def step(self, updates: int) -> None:
         """One step after `updates` earlier ones."""
@@ -365,4 +366,4 @@ def take_gradients(network: nn.Module, taken: Gradients) -> None:
 def norm_of(gradients: Gradients) -> float:
     """The length of all gradients together; 0 of none."""
     norms = torch._foreach_norm(list(gradients.values())) if gradients else [torch.zeros(())]
-    return float(torch.stack(list(norms)).norm())
+    return distributed.number(torch.stack(list(norms)).norm())

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashdmd import distributed
 from flashdmd.errors import UserError
 from flashdmd.models.families import Family
 from flashdmd.models.recompute import Context, recomputed, running
@@ -98,8 +99,18 @@ class NetworkDenoiser(nn.Module):
         return next(floats, torch.float32)
 
     def merged(self) -> nn.Module:
-        """The network alone, what was learned in its weights."""
-        return self.network
+        """The network alone, what was learned in its weights.
+
+        Of a sharded one a whole copy, on the processor of the first process; all have to call.
+        """
+        if not distributed.shards(dict(self.network.named_parameters())):
+            return self.network
+        weights = distributed.whole(self.network.state_dict())
+        kind: Any = distributed.plain(self.network)
+        network: nn.Module = kind.from_config(self.network.config)
+        if weights:
+            network.load_state_dict(weights)
+        return network
 
     def twin(self, name: str) -> "NetworkDenoiser":
         """Another of the same weights that learns on its own, in float32; starts without gradients.
