@@ -198,9 +198,10 @@ def test_two_processes_do_not_write_one_run(
     folders: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    with alone_in(output), pytest.raises(UserError, match=f"another process.*{output}"):
-        run.train(recipe(folders, output, family), progress=quiet)
-    assert [path.name for path in output.iterdir()] == [".lock"]
+    with alone_in(output):
+        with pytest.raises(UserError, match=f"another process.*{output}"):
+            run.train(recipe(folders, output, family), progress=quiet)
+        assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 @pytest.fixture

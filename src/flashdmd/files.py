@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flashdmd.errors import UserError
 
 ERRNO = re.compile(r"os error (\d+)")  # how safetensors and tokenizers, in Rust, tell of one
+BESIDE = re.compile(r"\.(.+)\.(writing|retired|removing)-\d+(\.\w+)?")  # left by a kill
 
 
 def digest(*parts: bytes) -> str:
@@ -39,12 +40,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         with as_os_error(folder):
             yield beside
-        for path in beside.rglob("*"):
-            if path.is_file():
-                sync(path)
+        for path in (*beside.rglob("*"), beside):
+            sync(path)
         if folder.exists():
             folder.rename(retired)
         beside.rename(folder)
+        sync(folder.parent)
     except BaseException:
         if retired.exists() and not folder.exists():
             retired.rename(folder)
@@ -65,6 +66,7 @@ def replace_file(path: Path) -> Iterator[Path]:
             yield beside
         sync(beside)
         beside.replace(path)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -82,8 +84,12 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
+    """Waits until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def mend(folder: Path) -> None:
@@ -93,8 +99,30 @@ def mend(folder: Path) -> None:
             shutil.rmtree(retired, ignore_errors=True)
         else:
             retired.rename(folder)
-    for unfinished in folder.parent.glob(f".{folder.name}.writing-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for kind in ("writing", "removing"):
+        for rest in folder.parent.glob(f".{folder.name}.{kind}-*"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def mend_all(parent: Path) -> None:
+    """Mends every folder in `parent` that a process was killed at, and clears files half written.
+
+    Only for who is `alone_in` it.
+    """
+    for path in list(parent.iterdir()):
+        if (name := BESIDE.fullmatch(path.name)) is None:
+            continue
+        if path.is_dir():
+            mend(parent / name[1])
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Half of it is never there under its name, whenever this is killed."""
+    leaving = folder.with_name(f".{folder.name}.removing-{os.getpid()}")
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def forget_origins(folder: Path) -> None:
@@ -115,8 +143,10 @@ def write_text(path: Path, text: str) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Inside, no other process is in `folder`; one that was killed is not in it any more.
 
-    Raises UserError when another is there.
+    A folder that it made and that nothing was written to does not stay. Raises UserError when
+    another process is there.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -129,6 +159,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder)
         lock.release()
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from flashdmd import checkpoint
 from flashdmd.config import describe, parse, unknown
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.files import alone_in, cut_torn_line, stoppable, write_text
+from flashdmd.files import alone_in, cut_torn_line, mend_all, stoppable, write_text
 from flashdmd.models.latent_reward import LRM, build, open_base, write
 from flashdmd.preferences import GAPS, Batch, Preferences, divided, filtered, open_preferences
 from flashdmd.reward import pair_loss
@@ -207,6 +207,7 @@ def fit_reward(recipe: RewardRecipe, device: torch.device | None = None) -> dict
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with alone_in(output), ThreadPoolExecutor(recipe.workers) as readers:
+        mend_all(output)
         pairs, held_out, counts = data_of(recipe)
         fit = prepared(recipe, pairs, device)
         train(fit, output, readers)

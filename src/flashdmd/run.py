@@ -2,9 +2,7 @@
 
 import json
 import math
-import platform
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from flashdmd.emoji.world import ASSETS, SIZE, Split
 from flashdmd.errors import UserError
 from flashdmd.evaluate.own import LEAST, OwnBench
 from flashdmd.evaluate.protocol import Bench, Protocol, Score, batches
-from flashdmd.files import alone_in, write_text
+from flashdmd.files import alone_in, mend_all, remove_folder, write_text
 from flashdmd.loading import RewardModel, device_of, load_reward, load_teacher, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
@@ -30,7 +28,15 @@ from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
-from flashdmd.session import Progress, Session, open_session, run_stage, write_json
+from flashdmd.session import (
+    Progress,
+    Session,
+    cut_log,
+    open_session,
+    run_stage,
+    versions,
+    write_json,
+)
 from flashdmd.sources import EMOJI, open_source, prompts_of
 from flashdmd.trainer import Trainer
 
@@ -70,12 +76,16 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     UserError when another process runs in the same folder.
     """
     output = Path(recipe.output_dir)
-    point = checkpoint.latest(output) if resume else None
-    changed = check_same(recipe) if resume else set()
-    if point:
-        check_progress(recipe, checkpoint.state_of(point), changed)
-    session = open_session(recipe)
     with alone_in(output):
+        mend_all(output)
+        point = checkpoint.latest(output) if resume else None
+        changed = check_same(recipe) if resume else set()
+        if point:
+            state = checkpoint.state_of(point)
+            check_progress(recipe, state, changed)
+            if state["stage"] != "distill":
+                check_first_student(point)
+        session = open_session(recipe)
         prepare(recipe, resume)
         write_json(output / "data.json", session.data)
         both_stages(session, point, progress or bar())
@@ -85,7 +95,10 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
 def both_stages(session: Session, point: Path | None, show: Progress) -> None:
     """From the checkpoint `point`, or from the start, to the students."""
     recipe, output = session.recipe, session.output
-    if point is None or checkpoint.state_of(point)["stage"] == "distill":
+    beginning: dict[str, Any] = {"stage": "distill", "iteration": 0}
+    at = checkpoint.state_of(point) if point else beginning
+    cut_log(output / "metrics.jsonl", at["stage"], at["iteration"])
+    if at["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
             trainer.restore(point)
@@ -93,9 +106,11 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
         session.start = trainer.state.for_next_stage()
         write_student(session, trainer, "student-stage1")
         point = None
-    else:
-        export.read_student(session.student, output / "student-stage1")
+    # back from the file, also where it has just been written: a LoRA's scale is divided out again
+    export.read_student(session.student, output / "student-stage1")
     session.take_over()
+    if point:
+        check_reference(point, at["about"].get("reference"), session.reference)
     if recipe.train.joint_train_steps:
         trainer = session.trainer(recipe.train.stage2)
         if point:
@@ -106,6 +121,26 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
         write_json(
             output / "timing.json",
             {"milliseconds": stopwatch.milliseconds(), "iterations": stopwatch.iterations},
+        )
+
+
+def check_first_student(point: Path) -> None:
+    """Raises UserError when the student that stage 2 is held to is not there."""
+    folder = point.parent / "student-stage1"
+    if export.notes_of(folder) is None:
+        raise UserError(
+            f"{point} is of stage 2, which is held to the student of stage 1, and {folder} is not "
+            "there; put it back, or give another output_dir"
+        )
+
+
+def check_reference(point: Path, was: str | None, now: str | None) -> None:
+    """Raises UserError when stage 2 would go on from another student of stage 1."""
+    if was != now:
+        raise UserError(
+            f"{point} is of stage 2, which is held to the student of stage 1, and "
+            f"{point.parent / 'student-stage1'} is another one than it was (fingerprint {now}, was "
+            f"{was}); put the one that was there back, or give another output_dir"
         )
 
 
@@ -171,15 +206,10 @@ def prepare(recipe: Recipe, resume: bool) -> None:
     output = Path(recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for folder in checkpoint.all_of(output):
-            checkpoint.remove(folder)
-        for name in MADE:
-            part = output / name
-            checkpoint.remove(part) if part.is_dir() else part.unlink(missing_ok=True)
+        for path in (*checkpoint.all_of(output), *(output / name for name in MADE)):
+            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(output / "recipe.yaml", config.dump(recipe))
-    packages = ("flashdmd", "torch", "diffusers", "transformers", "numpy")
-    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-    write_json(output / "versions.json", versions)
+    write_json(output / "versions.json", versions())
 
 
 def flat(recipe: Recipe) -> dict[str, object]:

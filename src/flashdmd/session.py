@@ -2,9 +2,12 @@
 
 import copy
 import json
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +20,11 @@ from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.augment import diff_augment
 from flashdmd.baselines import DMD2, dmd2_cycle
 from flashdmd.batches import Batches, Source
-from flashdmd.cache import Latents
+from flashdmd.cache import Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.discriminator import Discriminator, FeatureHead
 from flashdmd.errors import FULL, Interrupted, UserError
-from flashdmd.files import cut_torn_line, stoppable, write_text
+from flashdmd.files import cut_torn_line, stoppable, sync, write_text
 from flashdmd.loading import RewardModel, load_reward, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
@@ -64,6 +67,7 @@ class Session:
     data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     start: State = field(default_factory=State)  # what the next stage takes over
+    reference: str | None = None  # fingerprint of what stage 2 is held to
 
     @property
     def output(self) -> Path:
@@ -157,6 +161,7 @@ class Session:
 
     def take_over(self) -> None:
         """Stage 2 refines the student that stage 1 left, and is held to it as the reference."""
+        self.reference = fingerprint(checkpoint.trained(self.student))
         if self.student is not self.generator:
             self.generator.take(self.student)
 
@@ -378,14 +383,43 @@ def save(session: Session, trainer: Trainer) -> None:
     limit = session.recipe.train.checkpoints_total_limit
     step = trainer.state.iteration + (10**6 if trainer.stage != "distill" else 0)
     folder = session.output / f"checkpoint-{step}"
+    about = {
+        "recipe": json.loads(session.recipe.model_dump_json()),
+        "versions": versions(),
+        "reference": session.reference,
+        "metrics": {},
+    }
+    sync(session.output / "metrics.jsonl")
     try:
-        trainer.save(folder)
+        trainer.save(folder, about)
     except OSError as e:
         if e.errno not in FULL or limit is None or len(checkpoint.all_of(session.output)) < 2:
             raise
         checkpoint.prune(session.output, 1)
-        trainer.save(folder)
+        trainer.save(folder, about)
     checkpoint.prune(session.output, limit)
+
+
+def cut_log(log: Path, stage: str, iteration: int) -> None:
+    """Takes out the lines after an iteration, of later stages too: they are logged again."""
+    cut_torn_line(log)
+    at = 0
+    for line in log.read_bytes().splitlines(keepends=True) if log.exists() else ():
+        try:
+            told = dict(json.loads(line))
+        except (ValueError, TypeError):  # not of ours
+            told = {}
+        here = told.get("stage", stage)
+        if told.get("iteration", 0) > iteration if here == stage else stage == "distill":
+            os.truncate(log, at)
+            return
+        at += len(line)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers of a run."""
+    packages = ("flashdmd", "torch", "diffusers", "transformers", "numpy")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -331,9 +331,9 @@ class Trainer:
             learner.network.requires_grad_(learner.network in active)
         yield
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         state = vars(self.state) | {"stage": self.stage}
-        checkpoint.save(folder, self.networks(), self.optimizers(), state)
+        checkpoint.save(folder, self.networks(), self.optimizers(), state, about)
 
     def restore(self, folder: Path) -> None:
         state = checkpoint.load(folder, self.networks(), self.optimizers())

@@ -1,0 +1,248 @@
+"""A checkpoint is whole or it is not gone on from; nothing that is damaged is lost or believed."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flashdmd import checkpoint, files
+from flashdmd.checkpoint import MANIFEST, damage, latest, prune
+from flashdmd.errors import UserError
+from flashdmd.files import alone_in, mend_all, remove_folder, replace_folder
+from flashdmd.session import cut_log
+
+
+def write(folder: Path, value: float = 0.0, **about: object) -> Path:
+    network = nn.Linear(3, 2)
+    nn.init.constant_(network.weight, value)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoint.save(folder, {"net": network}, {"net": optimizer}, {"step": 1}, dict(about))
+    return folder
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle, as many bytes as before."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    told = json.loads(path.read_text())
+    change(told)
+    path.write_text(json.dumps(told))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (lambda p: flip(p / "net.safetensors"), r"net\.safetensors is not what was written"),
+    "moments": (lambda p: flip(p / "net.optimizer.safetensors"), r"net\.optimizer\.safetensors is"),
+    "state": (lambda p: flip(p / "state.json"), r"state\.json is not what was written"),
+    "torn": (lambda p: os.truncate(p / "net.safetensors", 9), "has 9 bytes, [0-9]+ were written"),
+    "gone": (lambda p: (p / "net.safetensors").unlink(), r"net\.safetensors is missing"),
+    "none": (lambda p: (p / MANIFEST).unlink(), r"it has no manifest\.json"),
+    "half": (lambda p: os.truncate(p / MANIFEST, 30), r"manifest\.json cannot be read"),
+    "a list": (lambda p: (p / MANIFEST).write_text("[1]"), r"manifest\.json cannot be read"),
+    "later": (lambda p: edit(p / MANIFEST, lambda m: m.update(format=2)), "of format 2, known"),
+    "empty": (lambda p: edit(p / MANIFEST, lambda m: m["files"].clear()), "does not tell of state"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hurt, said = DAMAGES[how]
+    good, bad = write(tmp_path / "checkpoint-9"), write(tmp_path / "checkpoint-10")
+    assert latest(tmp_path) == bad
+    assert not caplog.records
+    hurt(bad)
+    with caplog.at_level(logging.WARNING):
+        assert latest(tmp_path) == good
+    assert len(caplog.records) == 1
+    assert f"{bad} is damaged and passed over: " in caplog.text
+    assert caplog.records[0].getMessage().split("over: ")[1] == damage(bad)
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(damage(bad))
+    assert bad.is_dir()
+
+
+def test_where_all_are_damaged_nobody_starts_over(tmp_path: Path) -> None:
+    flip(write(tmp_path / "checkpoint-1") / "state.json")
+    (write(tmp_path / "checkpoint-2") / MANIFEST).unlink()
+    said = (
+        r"every checkpoint in .* is damaged:\n  checkpoint-2: it has no manifest\.json\n"
+        r"  checkpoint-1: state\.json is not .*\n.* move these away to start over"
+    )
+    with pytest.raises(UserError, match=said):
+        latest(tmp_path)
+    assert latest(tmp_path / "elsewhere") is None
+
+
+def test_what_is_damaged_is_not_counted_and_not_removed(tmp_path: Path) -> None:
+    all_ = [write(tmp_path / f"checkpoint-{n}") for n in range(1, 7)]
+    for n, hurt in ((1, "a bit"), (3, "none"), (6, "a bit")):
+        DAMAGES[hurt][0](all_[n - 1])
+    prune(tmp_path, 2)
+    assert [p.name.removeprefix("checkpoint-") for p in checkpoint.all_of(tmp_path)] == list(
+        "13456"
+    )
+    prune(tmp_path, 1)
+    assert [p.name.removeprefix("checkpoint-") for p in checkpoint.all_of(tmp_path)] == list("1356")
+    prune(tmp_path, None)
+    assert len(checkpoint.all_of(tmp_path)) == 4
+
+
+def test_a_damaged_checkpoint_makes_room_for_its_successor_and_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    for value in (1.0, 2.0, 3.0):
+        flip(write(folder, value) / "net.safetensors")
+        broken = (folder / "net.safetensors").read_bytes()
+        write(folder, 9.0)
+        assert damage(folder) is None
+        last = max(tmp_path.glob("checkpoint-4.damaged*"), key=lambda p: p.stat().st_mtime_ns)
+        assert (last / "net.safetensors").read_bytes() == broken
+    names = ["checkpoint-4", *(f"checkpoint-4.damaged{n}" for n in ("", "-2", "-3"))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert checkpoint.all_of(tmp_path) == [folder]
+    write(folder, 5.0)  # of one that is whole nothing is left
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """Also of one that would broadcast."""
+    checkpoint.save(tmp_path / "checkpoint-1", {"net": nn.Linear(1, 1)}, {}, {})
+    with pytest.raises(UserError, match="net is of another network"):
+        checkpoint.load(tmp_path / "checkpoint-1", {"net": nn.Linear(3, 2)}, {})
+
+
+def test_what_a_kill_set_aside_is_put_back_and_its_rest_is_cleared(tmp_path: Path) -> None:
+    write(tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.retired-77")
+    (tmp_path / ".checkpoint-3.writing-77").mkdir()
+    (tmp_path / "student").mkdir()
+    for name in (".student.retired-5", ".checkpoint-8.writing-6", ".checkpoint-1.removing-6"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    (tmp_path / ".data.writing-7.json").write_text("")
+    (tmp_path / ".lock").write_text("")
+    mend_all(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "student", ".lock"}
+    assert latest(tmp_path) == tmp_path / "checkpoint-3"
+    assert not list((tmp_path / "student").iterdir())
+
+
+def killed(work: Callable[[], object], when: Callable[[], bool]) -> bool:
+    """Whether a process that does `work` was killed at the moment of `when`."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    while not when():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1")
+    for i in range(3000):
+        (folder / f"{i}").write_text("")
+    hidden = tmp_path / ".checkpoint-1.removing-*"
+    assert killed(lambda: remove_folder(folder), lambda: bool(list(tmp_path.glob(hidden.name))))
+    assert not checkpoint.all_of(tmp_path)
+    mend_all(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_and_names_are_on_the_disk_before_they_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and the folder before it takes its name; after that, the name."""
+    seen: list[tuple[str, bool]] = []
+    folder = tmp_path / "checkpoint-1"
+    real = os.fsync
+
+    def watched(opened: int) -> None:
+        seen.append((Path(os.readlink(f"/proc/self/fd/{opened}")).name, folder.exists()))
+        real(opened)
+
+    monkeypatch.setattr(files.os, "fsync", watched)
+    write(folder)
+    before = {name for name, there in seen if not there}
+    assert before >= {p.name for p in folder.iterdir()}
+    assert f".checkpoint-1.writing-{os.getpid()}" in before
+    assert [name for name, there in seen if there] == [tmp_path.name]
+
+
+def test_a_folder_that_nothing_was_written_to_does_not_stay(tmp_path: Path) -> None:
+    with pytest.raises(UserError), alone_in(tmp_path / "new"):
+        raise UserError("before anything")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with alone_in(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir()
+    with alone_in(tmp_path / "used"):
+        (tmp_path / "used/file").write_text("")
+    assert (tmp_path / "used/file").is_file()
+
+
+LINES = [("distill", 1), ("distill", 2), ("distill", 3), ("joint", 1), ("joint", 2)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "iteration", "left"),
+    [("distill", 0, 0), ("distill", 2, 2), ("distill", 3, 3), ("joint", 1, 4), ("joint", 2, 5)],
+)
+def test_the_log_ends_where_the_checkpoint_stands(
+    stage: str, iteration: int, left: int, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"stage": s, "iteration": n}) + "\n" for s, n in LINES]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(lines) + '{"stage": "joint", "iter')
+    cut_log(log, stage, iteration)
+    assert log.read_text() == "".join(lines[:left])
+
+
+def test_a_log_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    cut_log(tmp_path / "metrics.jsonl", "distill", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hashing_again_costs_nothing_and_misses_nothing(tmp_path: Path) -> None:
+    """A file that was hashed is known by its inode, size and time, also under another name."""
+    folder = write(tmp_path / "checkpoint-1")
+    missed = checkpoint.sha256.cache_info().misses
+    shutil.move(folder, tmp_path / "checkpoint-2")
+    assert damage(tmp_path / "checkpoint-2") is None
+    assert checkpoint.sha256.cache_info().misses == missed
+    time.sleep(0.01)
+    flip(tmp_path / "checkpoint-2/net.safetensors")
+    assert damage(tmp_path / "checkpoint-2") is not None
+
+
+def test_a_process_killed_while_it_writes_leaves_the_older_one(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-1")
+
+    def work() -> None:
+        with replace_folder(folder) as beside:
+            (beside / "a").write_text("")
+            time.sleep(60)
+
+    assert killed(work, lambda: bool(list(tmp_path.glob(".checkpoint-1.writing-*/a"))))
+    mend_all(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert latest(tmp_path) == folder
