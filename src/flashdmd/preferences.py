@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flashdmd.data.listing import MOST_LEFT_OUT as MOST_BROKEN
 from flashdmd.data.listing import TELL_AFTER
+from flashdmd.data.pictures import FORMATS
 from flashdmd.data.prompts import read_text, record
 from flashdmd.errors import UserError
 from flashdmd.files import digest
@@ -148,7 +149,8 @@ def drawn(n: int, batch_size: int, total: int, seed: int) -> list[int]:
 
 def picture(raw: Raw, size: int) -> np.ndarray:
     """(3, size, size) uint8 RGB: resized, not cropped, as LPO does."""
-    with Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw)) as opened:
+    stream = raw if isinstance(raw, Path) else io.BytesIO(raw)
+    with Image.open(stream, formats=FORMATS) as opened:
         resized = opened.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(resized).transpose(2, 0, 1)
 
@@ -331,7 +333,7 @@ def from_datasets(
 
     def both(row: int) -> tuple[Raw, Raw]:
         found = pictures[row]
-        first, second = (raw_of(found[side]) for side in sides)
+        first, second = (raw_of(folder, found[side]) for side in sides)
         return first, second
 
     return read.to_pydict(), both
@@ -361,10 +363,15 @@ def of_split(files: list[Path], split: str) -> list[Path]:
     return [file for file, name in told if name is None or name[1] == split]
 
 
-def raw_of(value: Any) -> Raw:
-    """The bytes of a column of bytes or of the library's pictures, or the path of one of these."""
+def raw_of(folder: Path, value: Any) -> Raw:
+    """The bytes of a column of bytes or of the library's pictures, or the path of one of these,
+    inside the folder.
+    """
     if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else Path(str(value["path"]))
+        inside = PurePosixPath(str(value.get("path")))
+        if value.get("bytes") is None and (inside.is_absolute() or ".." in inside.parts):
+            raise ValueError(f"{inside} is outside the data set's folder")
+        value = value["bytes"] if value.get("bytes") is not None else folder / inside
     if not isinstance(value, bytes | Path):
         raise ValueError(f"a picture is {type(value).__name__}, not bytes")
     return value

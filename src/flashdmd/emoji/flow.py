@@ -137,7 +137,7 @@ def train_flow(
     plan = planned("flow", folder, start, max_train_steps, batch, rate, seed, tutors)
     torch.manual_seed(seed)
     world = World()
-    earlier = DiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+    earlier = DiffusionPipeline.from_pretrained(start, dtype=torch.float32, use_safetensors=True)
     tokenizer, vae = earlier.tokenizer, earlier.vae.eval()
     if isinstance(earlier, StableDiffusion3Pipeline):
         first, second = learns_last(earlier.text_encoder), earlier.text_encoder_2

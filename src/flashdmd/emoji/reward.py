@@ -27,6 +27,7 @@ from flashdmd.emoji.world import ASSETS, Split, World, world_digest
 from flashdmd.errors import UserError
 from flashdmd.files import replace_folder, write_text
 from flashdmd.models.reward_unet import EncoderHalf
+from flashdmd.models.trust import trusted
 from flashdmd.reward import LatentReward, as_trained, pair_loss
 from flashdmd.sampler import Cond
 from flashdmd.schedule import STEPS, Process, VariancePreserving
@@ -170,8 +171,9 @@ def train(
 def read_teacher(folder: Path) -> StableDiffusionPipeline:
     if not (folder / "model_index.json").is_file():  # diffusers would ask the hub for it
         raise UserError(f"no teacher, a folder with model_index.json, is in {folder}")
+    trusted(str(folder), json.loads((folder / "model_index.json").read_text("utf-8")), {})
     return StableDiffusionPipeline.from_pretrained(
-        str(folder), dtype=torch.float32, local_files_only=True
+        str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
 
 
@@ -181,7 +183,9 @@ def write(network: LatentReward, folder: Path, teacher: str) -> None:
     A teacher that is not shipped is named by the way to it from `folder`.
     """
     shipped = Path(teacher).resolve() == (ASSETS / "score").resolve()
-    autoencoder = AutoencoderKL.from_pretrained(Path(teacher) / "vae", local_files_only=True)
+    autoencoder = AutoencoderKL.from_pretrained(
+        Path(teacher) / "vae", local_files_only=True, use_safetensors=True
+    )
     config = {
         "teacher": SHIPPED if shipped else os.path.relpath(teacher, folder),
         "autoencoder": latents_digest(autoencoder),

@@ -224,11 +224,13 @@ def train_score(
     torch.manual_seed(seed)
     world = World()
     if (start / "model_index.json").exists():
-        earlier = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+        earlier = StableDiffusionPipeline.from_pretrained(
+            start, dtype=torch.float32, use_safetensors=True
+        )
         vae, tokenizer = earlier.vae.eval(), earlier.tokenizer
         both = Conditioned(earlier.text_encoder, earlier.unet).train()
     else:
-        vae = AutoencoderKL.from_pretrained(start).eval()
+        vae = AutoencoderKL.from_pretrained(start, use_safetensors=True).eval()
         tokenizer = train_tokenizer(world, folder / "tokenizer")
         both = Conditioned(CLIPTextModel(text_config(tokenizer)), build_unet())
         learn_words(both.text_encoder, tokenizer, vae, folder / "words", lesson_steps, seed)

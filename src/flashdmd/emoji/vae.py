@@ -112,7 +112,7 @@ def train(
     )  # fmt: skip
     torch.manual_seed(seed)
     world = World(confetti=confetti)
-    vae = AutoencoderKL.from_pretrained(start).train() if start else build()
+    vae = AutoencoderKL.from_pretrained(start, use_safetensors=True).train() if start else build()
     if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)

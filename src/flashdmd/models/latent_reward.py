@@ -28,6 +28,7 @@ from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
+from flashdmd.models.trust import refuse_pickles, trusted
 from flashdmd.reward import LatentReward, as_trained
 from flashdmd.sampler import Cond
 from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
@@ -198,9 +199,10 @@ def open_base(name: str, without: tuple[str, ...] = ()) -> Any:
     kind_of(str(index["_class_name"]), name)
     absent = [part for part, entry in index.items() if entry in NOTHING]
     left_out = dict.fromkeys([*absent, *(part for part in (*IDLE, *without) if part in index)])
+    here = trusted(name, index, left_out)
     try:
         return DiffusionPipeline.from_pretrained(
-            name, dtype=torch.float32, local_files_only=local, use_safetensors=True, **left_out
+            here, dtype=torch.float32, local_files_only=True, use_safetensors=True, **left_out
         )
     except Exception as e:  # diffusers, transformers and safetensors each raise their own kinds
         raise UserError(f"the pipeline {name} cannot be loaded: {e}") from e
@@ -360,10 +362,18 @@ def read_words(folder: Path, facts: Facts, encoders_of: Any) -> Words:
     tokenizers, encoders = [], []
     for name in ENCODERS:
         if (path := folder / name).is_dir():
-            made = getattr(transformers, AutoConfig.from_pretrained(path).architectures[0])
+            refuse_pickles(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            made = getattr(transformers, config.architectures[0])
+            if not issubclass(made, transformers.PreTrainedModel):
+                raise UserError(f"{path}/config.json names {made.__name__}, which is no network")
             encoders.append(made.from_pretrained(path, local_files_only=True, use_safetensors=True))
             beside = folder / tokenizer_of(name)
-            tokenizers.append(AutoTokenizer.from_pretrained(beside, local_files_only=True))
+            tokenizers.append(
+                AutoTokenizer.from_pretrained(
+                    beside, local_files_only=True, trust_remote_code=False
+                )
+            )
     return Words(tokenizers, encoders, facts.token_width)
 
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, SamVisionModel
 
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
+from flashdmd.models.trust import refuse_foreign
 from flashdmd.models.vision import DINOS, SAMS, of_blocks
 
 KNOWN = Path(__file__).parent / "known"
@@ -80,7 +81,10 @@ def parts_of(name: str) -> Parts:
     try:
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
         found = {k: v for k, v in index.items() if isinstance(v, list) and wanted(k) and all(v)}
+        refuse_foreign(name, found)
         return assemble(name, {k: read_part(folder / k, *v) for k, v in found.items()})
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as e:
         raise UserError(
             f"the configurations of the pipeline in {folder} cannot be read: {e}"
@@ -153,9 +157,12 @@ def backbone(
 
 def read_backbone(name: str, known: dict[str, Any]) -> nn.Module:
     """A SAM or a DINO in a folder, or in the hub's cache, without its weights."""
-    folder = Path(name) if Path(name).is_dir() else cached(name)
+    folder, config = Path(name) if Path(name).is_dir() else cached(name), None
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True) if folder else None
+        if folder:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/config.json cannot be used: {e}") from e
     kind = getattr(config, "model_type", None)

@@ -1,7 +1,6 @@
 """Teachers: diffusers pipelines, by folder or hub id, frozen and ready to be distilled."""
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from flashdmd.errors import UserError
 from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
+from flashdmd.models.trust import offline, refuse_pickled_file, refuse_pickles, trusted
 from flashdmd.sampler import Cond, Denoiser, guided
 from flashdmd.schedule import Process
 
@@ -207,8 +207,6 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     folder = Path(source.name)
     entries = index_of(source.name, source.revision)
     family = family_of(source.name, entries)
-    if folder.is_dir():
-        refuse_pickles(folder)
     refuse(source.name, family, entries)
     # a black picture in a censored one's place would be learned like any other
     absent: dict[str, Any] = {
@@ -217,20 +215,20 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     if "safety_checker" in absent:
         absent["requires_safety_checker"] = False
     parts: dict[str, Any] = {"vae": load_vae(source.vae)} if source.vae else {}
+    given = {**absent, **parts}
+    here = trusted(source.name, entries, given, revision=source.revision, variant=source.variant)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            source.name,
-            revision=source.revision,
+            here,
             variant=source.variant,
             dtype={
                 "default": DTYPES[source.dtype],
                 "vae": torch.float32,
                 **({family.network: torch.float32} if source.learns else {}),
             },
-            local_files_only=folder.is_dir() or offline(),
+            local_files_only=True,
             use_safetensors=True,
-            **absent,
-            **parts,
+            **given,
         )
     except Exception as e:  # diffusers, transformers and safetensors each raise their own kinds
         raise UserError(f"the pipeline in {source.name} cannot be loaded: {e}") from e
@@ -266,10 +264,6 @@ def refuse(name: str, family: Family, entries: dict[str, Any]) -> None:
             family.process(sketch)
     except UserError as e:
         raise UserError(f"{name}: {e}") from e
-
-
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -327,6 +321,8 @@ def load_vae(name: str) -> Any:
     """An autoencoder by folder or hub id. Raises UserError when it cannot be loaded."""
     try:
         here = Path(name).is_dir() or offline()
+        if Path(name).is_dir():
+            refuse_pickles(Path(name))
         return AutoencoderKL.from_pretrained(
             name, dtype=torch.float32, local_files_only=here, use_safetensors=True
         )
@@ -343,10 +339,14 @@ def add_lora(pipeline: Any, lora: str, scale: float = 1.0, fused: bool = True) -
     Raises UserError when it is not the network's.
     """
     path = Path(lora)
+    refuse_pickled_file(path)
     try:
         where = {"weight_name": path.name} if path.is_file() else {}
         pipeline.load_lora_weights(
-            str(path.parent) if path.is_file() else lora, adapter_name="lora", **where
+            str(path.parent) if path.is_file() else lora,
+            adapter_name="lora",
+            use_safetensors=True,
+            **where,
         )
         pipeline.set_adapters("lora", scale)
         if fused:
@@ -366,17 +366,6 @@ def check_finite(name: str, pipeline: Any) -> None:
             for weight, p in module.named_parameters():
                 if not p.isfinite().all():
                     raise UserError(f"{part}.{weight} in {name} holds numbers that are none")
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raises UserError for a component that has no safetensors but weights of another format."""
-    for path in sorted(folder.glob("*/*.bin")):
-        if not any(path.parent.glob("*.safetensors")):
-            raise UserError(
-                f"{path} is a pickle, which may run any code when it is read; safetensors are "
-                "accepted: if you trust the folder, load it with DiffusionPipeline.from_pretrained "
-                "and write it anew with save_pretrained"
-            )
 
 
 def check_whole(name: str, pipeline: Any, family: Family) -> None:

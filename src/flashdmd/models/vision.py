@@ -7,6 +7,7 @@ normalises them as the network was trained, and returns a list of maps (B, C, h,
 
 import importlib
 import json
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.utils import logging
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.recompute import recomputed
+from flashdmd.models.trust import refuse_pickles
 
 ACCEPTED = (
     "efficientnet-lite0, timm:NAME, or a folder or hub id of a SAM, a DINOv2, a DINOv3 or another "
@@ -276,6 +278,7 @@ def pretrained(network: Any, folder: Path, dtype: torch.dtype, **how: Any) -> An
             + (", only a pickle, which may run any code when it is read" if pickled else "")
             + "; if you trust it, load it with transformers and write it anew with save_pretrained"
         )
+    refuse_pickles(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads that a backbone does not have are no news
     try:
@@ -300,6 +303,8 @@ def pretrained(network: Any, folder: Path, dtype: torch.dtype, **how: Any) -> An
 
 def timm_network(name: str, checkpointing: bool) -> Any:
     """A network of timm that answers with a list of maps, with timm's weights."""
+    if not re.fullmatch(r"[\w.-]+", name):  # timm's local-dir:PATH unpickles
+        raise UserError(f"timm:{name} is no name of timm's own models, the only ones accepted")
     try:
         timm = importlib.import_module("timm")
     except ImportError as e:

@@ -1,0 +1,92 @@
+"""What a model's files must not do: be pickles, bring code, or name libraries to import."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from flashdmd.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".msgpack", ".h5")
+LIBRARIES = ("diffusers", "transformers")  # the only ones whose classes a pipeline is made of
+CODE = "flashdmd has no option that runs code from a model's files"
+ANEW = (
+    "safetensors are accepted: if you trust it, load it elsewhere and write it anew with "
+    "save_pretrained, or with save_file of safetensors"
+)
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def trusted(name: str, index: dict[str, Any], given: dict[str, Any], **which: Any) -> Path:
+    """The folder of a pipeline, its own or in the hub's cache, after a look at every part that is
+    to be read from it, all but those that are `given`; `which` is a hub id's revision and variant.
+
+    Raises UserError for what cannot be had, for pickles, and for code.
+    """
+    refuse_foreign(name, index)
+    folder = Path(name)
+    if not folder.is_dir():
+        local = {"local_files_only": offline(), "use_safetensors": True}
+        try:
+            folder = Path(DiffusionPipeline.download(name, **local, **which, **given))
+        except Exception as e:  # the hub's client and diffusers each raise their own kinds
+            raise UserError(f"the pipeline {name} cannot be had from the hub: {e}") from e
+    for part, entry in sorted(index.items()):
+        if isinstance(entry, list | tuple) and part not in given:
+            refuse_pickles(folder / part)
+    return folder
+
+
+def refuse_pickled_file(path: Path) -> None:
+    """Raises UserError for a file of weights that is none of safetensors."""
+    if path.is_file() and path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors file, and may be a pickle; {ANEW}")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises UserError for the folder of one network that holds pickles and no safetensors, or
+    whose config asks for code.
+
+    An adapter_config.json makes transformers read adapter_model.bin even where safetensors are
+    asked for.
+    """
+    found = sorted(p for p in folder.glob("*") if p.suffix in PICKLES)
+    if found and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{found[0]} is a pickle, which may run any code when it is read; {ANEW}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter_config.json, an adapter inside a model, which may be a "
+            "pickle; merge it into the weights, or give it as model.teacher_lora"
+        )
+    try:
+        config = dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # told where it is loaded, if it is a network's
+        return
+    refuse_kernels(folder, config)
+
+
+def refuse_kernels(where: Any, config: dict[str, Any]) -> None:
+    """Raises UserError for a config, at any depth, that names kernels of the hub: compiled code."""
+    for key, value in config.items():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise UserError(f"{where}: config.json names {key}={value!r}, code of the hub; {CODE}")
+        if isinstance(value, dict):
+            refuse_kernels(where, value)
+
+
+def refuse_foreign(name: str, entries: dict[str, Any]) -> None:
+    """Raises UserError for a pipeline index with a part of other code than that of LIBRARIES."""
+    for part, entry in entries.items():
+        if not isinstance(entry, list | tuple) or part in ("safety_checker", "_ignore_files"):
+            continue  # a safety checker is never loaded
+        library, kind = (*entry, None, None)[:2]
+        if library not in (*LIBRARIES, None) or (library is None) != (kind is None):
+            raise UserError(
+                f"{name}: model_index.json says that {part} is a {kind} of {library}; accepted are "
+                f"classes of {' and '.join(LIBRARIES)}; {CODE}"
+            )
