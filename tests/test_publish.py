@@ -127,9 +127,10 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def test_the_scheduler_on_the_card_is_the_one_that_is_written(
-    teacher: Teacher, run_of_lora: Path, tmp_path: Path
+    teacher: Teacher, run_of_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The card's own lines, run."""
+    """The card's own lines, run beside the base: a card does not tell whose home that is in."""
+    monkeypatch.chdir(teacher.folder.parent)
     export_run(run_of_lora, "lora", tmp_path / "lora")
     export_run(run_of_lora, "diffusers", tmp_path / "whole")
     text = (tmp_path / "lora/README.md").read_text()

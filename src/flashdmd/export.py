@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -176,7 +178,8 @@ def model_card(name: str, teacher: Teacher, notes: Notes, note: str, lora: str =
 
     `lora` is the file of a student that is a LoRA on the teacher.
     """
-    steps, base = notes.steps, teacher.folder
+    steps, folder = notes.steps, teacher.folder
+    base = folder.name if folder.is_absolute() else str(folder)  # homes are nobody's business
     guidance = plain_guidance(teacher, notes.guidance)
     asked = {"num_inference_steps": len(steps), "guidance_scale": guidance} | teacher.family.call
     if notes.resolution not in (0, teacher.family.resolution(teacher.pipeline)):
@@ -186,28 +189,22 @@ def model_card(name: str, teacher: Teacher, notes: Notes, note: str, lora: str =
     swap = teacher.family.scheduler(teacher.pipeline, steps)
     changed = {k: v for k, v in swap.config.items() if not k.startswith("_") and differs(swap, k)}
     shift = comfy_shift(teacher, steps)
-    load = f'pipe = DiffusionPipeline.from_pretrained("{base if lora else name}")'
+    load = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base if lora else name)})"
     if lora:
         load += (
-            f'\npipe.load_lora_weights("{name}", weight_name="{lora}")\n'
+            f'\npipe.load_lora_weights({json.dumps(name)}, weight_name="{lora}")\n'
             f"pipe.scheduler = {type(swap).__name__}.from_config(\n"
             f"    pipe.scheduler.config, **{changed!r}\n)"
         )
     names = f"DiffusionPipeline, {type(swap).__name__}" if lora else "DiffusionPipeline"
+    tags = ["text-to-image", "diffusers", "distillation", "flash-dmd", *(["lora"] if lora else [])]
+    head = {"base_model": base, "license": "other", "library_name": "diffusers", "tags": tags}
     return f"""---
-base_model: {base.name if base.is_absolute() else base}
-license: other
-library_name: diffusers
-tags:
-- text-to-image
-- diffusers
-- distillation
-- flash-dmd{chr(10) + "- lora" if lora else ""}
----
+{yaml.safe_dump(head, sort_keys=False, width=10**6)}---
 
-# {name}
+# {prose(name)}
 
-A {len(steps)}-step student of `{base.name}`, distilled with FlashDMD.
+A {len(steps)}-step student of {prose(folder.name)}, distilled with FlashDMD.
 
 ```python
 from diffusers import {names}
@@ -224,6 +221,11 @@ effect. {note}
 - Teacher guidance while distilling: {notes.guidance}.
 - The licence of the base model applies.
 """
+
+
+def prose(name: str) -> str:
+    """A name in Markdown, on one line; nothing in it is markup."""
+    return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", " ".join(name.split()))
 
 
 def differs(scheduler: Any, key: str) -> bool:
