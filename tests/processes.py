@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def packed(fine: bool, value: Any) -> bytes:
+    """The plain pickle: torch's own hands tensors over as files of a process that then ends."""
+    return pickle.dumps((fine, value))
+
+
 def together(work: Callable[[], Any], ranks: int = 2) -> list[Any]:
     """What `work` returns in each of `ranks` processes; the traceback of one that fails."""
     fork, port = multiprocessing.get_context("fork"), free_port()
@@ -30,14 +36,17 @@ def together(work: Callable[[], Any], ranks: int = 2) -> list[Any]:
         }  # fmt: skip
         try:
             with distributed.joined():
-                ends[rank][1].send((True, work()))
+                ends[rank][1].send_bytes(packed(True, work()))
         except BaseException:
-            ends[rank][1].send((False, traceback.format_exc()))
+            ends[rank][1].send_bytes(packed(False, traceback.format_exc()))
 
     running = [fork.Process(target=one, args=(rank,)) for rank in range(ranks)]
     for process in running:
         process.start()
-    answers = [end.recv() if end.poll(SECONDS) else (False, "no answer") for end, _ in ends]
+    answers = [
+        pickle.loads(end.recv_bytes()) if end.poll(SECONDS) else (False, "no answer")
+        for end, _ in ends
+    ]
     for process in running:
         process.join(10)
         process.kill()

@@ -7,8 +7,9 @@ manifest says is gone on from.
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +19,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from flashdmd import distributed
 from flashdmd.errors import UserError
 from flashdmd.files import remove_folder, replace_folder
 from flashdmd.optimizers import moments, restore_moments
 
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError)
+MANIFEST, STATE, SHARDS = "manifest.json", "state.json", "shards"
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +45,44 @@ def save(
 
     `about` is what the run can do without: recipe, versions, metrics.
     """
-    if folder.exists() and damage(folder):
-        folder.rename(free_name(folder))
-    with replace_folder(folder) as beside:
-        for name, network in networks.items():
-            tensors = {k: v.detach().contiguous() for k, v in trained(network).items()}
-            save_file(tensors, beside / f"{name}.safetensors")
-        for name, optimizer in optimizers.items():
-            save_file(moments(optimizer), beside / f"{name}.optimizer.safetensors")
-        (beside / STATE).write_text(json.dumps(state | {"about": about or {}}), "utf-8")
-        write_manifest(beside)
+    parts: dict[str, dict[str, Tensor]] = {name: trained(one) for name, one in networks.items()}
+    parts |= {f"{name}.optimizer": moments(optimizer) for name, optimizer in optimizers.items()}
+    shared = {name for name, tensors in parts.items() if distributed.shards(tensors)}
+    with new_folder(folder) as beside:
+        if shared:
+            every = {
+                f"{name}/{k}": v.detach() for name in sorted(shared) for k, v in parts[name].items()
+            }
+            distributed.save_shards(every, beside / SHARDS)
+            distributed.barrier()
+        if distributed.first():
+            for name in parts.keys() - shared:
+                tensors = {k: v.detach().contiguous() for k, v in parts[name].items()}
+                save_file(tensors, beside / f"{name}.safetensors")
+            (beside / STATE).write_text(json.dumps(state | {"about": about or {}}), "utf-8")
+            write_manifest(beside)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """What `replace_folder` of the first process yields, in all of them."""
+    if not distributed.first():
+        yield Path(distributed.told(""))
+    else:
+        if folder.exists() and damage(folder):
+            folder.rename(free_name(folder))
+        with replace_folder(folder) as beside:
+            distributed.told(str(beside))
+            yield beside
+    distributed.barrier()
 
 
 def write_manifest(folder: Path) -> None:
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         hashes = list(pool.map(lambda path: sha256(contents(path)), paths))
     told = {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, hashes, strict=True)
     }
     written = json.dumps({"format": FORMAT, "files": told}, indent=1)
@@ -138,12 +162,15 @@ def load(
     Raises UserError when a file is missing, broken, or of other networks.
     """
     try:
+        parts = Parts(folder)
         for name, network in networks.items():
-            load_weights(network, folder / f"{name}.safetensors")
+            parts.weights(name, network)
+        found = {name: parts.moments(name, one) for name, one in optimizers.items()}
+        parts.read_shards()
         for name, optimizer in optimizers.items():
-            restore_moments(optimizer, load_file(folder / f"{name}.optimizer.safetensors"))
+            restore_moments(optimizer, found[name])
         state: dict[str, Any] = dict(json.loads((folder / STATE).read_text("utf-8")))
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as e:
+    except (*UNREADABLE, CheckpointException) as e:
         if isinstance(e, UserError):
             raise
         raise unreadable(folder, e) from e
@@ -151,21 +178,63 @@ def load(
     return state
 
 
-def unreadable(folder: Path, e: Exception) -> UserError:
+def unreadable(folder: Path, e: BaseException) -> UserError:
     return UserError(
         f"the checkpoint {folder} cannot be read ({e}); move it away to go on from an earlier one"
     )
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Fills a network with what `save` wrote of it. Raises UserError for another network's."""
-    tensors, own = load_file(path), trained(network)
-    shapes, wanted = ({k: v.shape for k, v in of.items()} for of in (tensors, own))
-    if odd := sorted(shapes.items() ^ wanted.items()):
-        raise UserError(f"{path.parent}: {path.stem} is of another network; e.g. {odd[0][0]}")
-    with torch.no_grad():
-        for k, v in own.items():
-            v.copy_(tensors[k])
+class Parts:
+    """What `save` wrote, of a run that was whole or sharded, for one that is either."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shards = folder / SHARDS
+        self.shapes = distributed.shapes_of_shards(shards) if shards.is_dir() else {}
+        self.wanted: dict[str, Tensor] = {}  # to be filled from shards, all at once
+
+    def names(self, name: str) -> dict[str, torch.Size]:
+        """Of the tensors of a part that is in shards."""
+        start = f"{name}/"
+        found = {k: shape for k, shape in self.shapes.items() if k.startswith(start)}
+        return {k.removeprefix(start): shape for k, shape in found.items()}
+
+    def weights(self, name: str, network: nn.Module) -> None:
+        """Fills a network. Raises UserError when they are another network's."""
+        own, shapes, tensors = trained(network), self.names(name), {}
+        if not shapes:
+            tensors = load_file(self.folder / f"{name}.safetensors")
+            shapes = {k: v.shape for k, v in tensors.items()}
+        wanted = {k: v.shape for k, v in own.items()}
+        if odd := sorted(shapes.items() ^ wanted.items()):
+            raise UserError(f"{self.folder}: {name} is of another network; e.g. {odd[0][0]}")
+        with torch.no_grad():
+            for k, v in tensors.items():
+                distributed.fill(own[k], v)
+        if not tensors:
+            self.wanted |= {f"{name}/{k}": v.detach() for k, v in own.items()}
+
+    def moments(self, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What `moments` gave of an optimizer, each as whole or sharded as its parameter is."""
+        params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        part, file = f"{name}.optimizer", self.folder / f"{name}.optimizer.safetensors"
+        tensors = load_file(file) if file.is_file() else {}
+        shapes = self.names(part) or {k: v.shape for k, v in tensors.items()}
+        for k, shape in shapes.items():
+            p = params[int(k.partition(".")[0])]
+            if k in tensors and not distributed.shards({k: p}):
+                continue
+            value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape)
+            if k in tensors:
+                distributed.fill(value, tensors[k])
+            else:
+                self.wanted[f"{part}/{k}"] = value
+            tensors[k] = value
+        return tensors
+
+    def read_shards(self) -> None:
+        if self.wanted:
+            distributed.load_shards(self.wanted, self.folder / SHARDS)
 
 
 def all_of(run: Path) -> list[Path]:
@@ -228,7 +297,14 @@ def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
     """Fills a diffusers network from a component of a pipeline folder."""
     path = pipeline / component / "diffusion_pytorch_model.safetensors"
     try:
-        network.load_state_dict(load_file(path))
+        weights, own = load_file(path), network.state_dict()
+        if distributed.shards(own):
+            if odd := sorted(weights.keys() ^ own.keys()):
+                raise RuntimeError(f"layers differ, e.g. {odd[0]}")
+            for name, whole in weights.items():
+                distributed.fill(own[name], whole)
+        else:
+            network.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as e:
         raise UserError(
             f"{path} cannot be read as this network's weights ({e}); give a student of this "

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flashdmd.errors import UserError
 
+T = TypeVar("T")
 BUCKET = 2**24  # numbers that travel together
 TIMEOUT = "FLASHDMD_TIMEOUT_MINUTES"  # how long a process waits for the others; 30 unless set
 
@@ -87,6 +88,15 @@ def first_alone() -> Iterator[None]:
     yield
     if first():
         barrier()
+
+
+def told(value: T) -> T:
+    """What the first process has, in all of them."""
+    if ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def any_of(flag: bool) -> bool:
@@ -212,8 +222,8 @@ def fill(own: Tensor, whole: Tensor) -> None:
     Raises RuntimeError for one of another shape.
     """
     if isinstance(own, DTensor) and own.shape == whole.shape:
-        share = distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
-        own.copy_(share)
+        mesh, where = own.device_mesh, own.placements
+        own.copy_(distribute_tensor(whole.to(own.device), mesh, where, src_data_rank=None))
     else:
         own.copy_(whole)
 
@@ -238,8 +248,10 @@ def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     save_state(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
 
 
-def names_of_shards(folder: Path) -> list[str]:
-    return list(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+def shapes_of_shards(folder: Path) -> dict[str, torch.Size]:
+    """Of the whole tensors that `save_shards` wrote."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: told.size for name, told in found.items()}  # type: ignore[union-attr]
 
 
 def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flashdmd import checkpoint
+from flashdmd import checkpoint, distributed
 from flashdmd.algorithm import Method
 from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
@@ -109,6 +109,10 @@ def write_student(
     student counts on. The weights are float32 as trained.
     """
     notes = notes_for(teacher, student, method, averaged)
+    network = None if notes.rank else student.merged()
+    if not distributed.first():
+        distributed.barrier()
+        return folder
     with replace_folder(folder) as beside:
         if isinstance(student, AdapterDenoiser):
             adapter = student.adapter
@@ -116,12 +120,13 @@ def write_student(
                 student.state_dict(), student.family.network, adapter.alpha / adapter.rank
             )
             save_file(file.tensors, beside / LORA, metadata=file.metadata)
-        if not notes.rank:
-            whole(teacher, student.merged(), method.student_timesteps).save_pretrained(beside)
+        if network is not None:
+            whole(teacher, network, method.student_timesteps).save_pretrained(beside)
             forget_origins(beside)
         lora = LORA if notes.rank else ""
         (beside / "README.md").write_text(model_card(folder.name, teacher, notes, note, lora))
         notes.write(beside)
+    distributed.barrier()
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,10 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     UserError when another process runs in the same folder.
     """
     output = Path(recipe.output_dir)
-    with alone_in(output):
-        mend_all(output)
+    with alone_in(output) if distributed.first() else nullcontext():
+        if distributed.first():
+            mend_all(output)
+        distributed.barrier()
         point = checkpoint.latest(output) if resume else None
         changed = check_same(recipe) if resume else set()
         if point:
@@ -86,8 +89,10 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
             if state["stage"] != "distill":
                 check_first_student(point)
         session = open_session(recipe)
-        prepare(recipe, resume)
-        write_json(output / "data.json", session.data)
+        if distributed.first():
+            prepare(recipe, resume)
+            write_json(output / "data.json", session.data)
+        distributed.barrier()
         both_stages(session, point, progress or bar())
     return output
 
@@ -97,7 +102,8 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
     recipe, output = session.recipe, session.output
     beginning: dict[str, Any] = {"stage": "distill", "iteration": 0}
     at = checkpoint.state_of(point) if point else beginning
-    cut_log(output / "metrics.jsonl", at["stage"], at["iteration"])
+    if distributed.first():
+        cut_log(output / "metrics.jsonl", at["stage"], at["iteration"])
     if at["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
@@ -117,7 +123,7 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
             trainer.restore(point)
         run_stage(session, trainer, recipe.train.joint_train_steps, show)
     write_student(session, trainer, "student")
-    if (stopwatch := session.stopwatch).iterations:
+    if (stopwatch := session.stopwatch).iterations and distributed.first():
         write_json(
             output / "timing.json",
             {"milliseconds": stopwatch.milliseconds(), "iterations": stopwatch.iterations},

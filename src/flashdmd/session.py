@@ -62,7 +62,7 @@ class Session:
     student: NetworkDenoiser  # what a stage leaves: the generator, averaged unless ema_decay is 0
     latents: Latents | None = None  # of the real pictures, where they were encoded before
     reward: RewardModel | None = None  # of stage 2
-    reference: NetworkDenoiser | None = None  # of stage 2; None: made when it begins
+    anchor: NetworkDenoiser | None = None  # the reference of stage 2; None: made when it begins
     prompts: tuple[str, ...] = ()  # none: the captions
     data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -119,10 +119,11 @@ class Session:
             latents=self.latents,
             parts=recipe.train.gradient_accumulation_steps,
         )
+        rank, ranks = distributed.rank(), distributed.ranks()
         return Trainer(
             algorithm,
             order,
-            batches,
+            lambda n, updates: batches(n, updates).split(ranks)[rank],
             self.learners_of(stage),
             seed=recipe.train.seed,
             precision=torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None,
@@ -140,10 +141,10 @@ class Session:
 
     def reference_of_stage_2(self) -> NetworkDenoiser:
         """The generator as it is now, frozen."""
-        if self.reference is None:
+        if self.anchor is None:
             return self.generator.twin("reference")
-        self.reference.take(self.generator)
-        return self.reference
+        self.anchor.take(self.generator)
+        return self.anchor
 
     def decode(self, latents: Tensor) -> Tensor:
         """What the discriminator sees of latents: all, or a crop of each."""
@@ -159,9 +160,13 @@ class Session:
             "generator": replace(self.learners["generator"], learning_rate=rate)
         }
 
+    def fingerprint_of_student(self) -> str:
+        weights = distributed.whole(checkpoint.trained(self.student))
+        return fingerprint(weights) if weights else ""
+
     def take_over(self) -> None:
         """Stage 2 refines the student that stage 1 left, and is held to it as the reference."""
-        self.reference = fingerprint(checkpoint.trained(self.student))
+        self.reference = distributed.told(self.fingerprint_of_student())
         if self.student is not self.generator:
             self.generator.take(self.student)
 
@@ -188,7 +193,7 @@ def open_session(recipe: Recipe) -> Session:
         if recipe.data.cache_text_embeddings:
             # DMD2's head is fitted to the features of one prompt, the empty one
             cache_embeddings(recipe, teacher, [*known_prompts(source, prompts), ""])
-    generator, score, student, reference = learning(recipe, teacher)
+    generator, score, student, anchor = learning(recipe, teacher)
     discriminator = build_discriminator(recipe, teacher, score)
     train = recipe.train
     rates = {
@@ -226,7 +231,7 @@ def open_session(recipe: Recipe) -> Session:
         latents=latents,
         student=student,
         reward=reward,
-        reference=reference,
+        anchor=anchor,
         prompts=prompts,
         data=described(source, caveat),
         start=State(averaged=notes.averaged if notes else 0),
@@ -253,7 +258,7 @@ class Learning(NamedTuple):
     generator: NetworkDenoiser
     score: NetworkDenoiser
     student: NetworkDenoiser
-    reference: NetworkDenoiser | None  # where it cannot be made later
+    anchor: NetworkDenoiser | None  # the reference of stage 2, where it cannot be made later
 
 
 def learning(recipe: Recipe, teacher: Teacher) -> Learning:
@@ -286,7 +291,7 @@ def learning(recipe: Recipe, teacher: Teacher) -> Learning:
     score = twin("score").requires_grad_(True)
     student = twin("average") if recipe.train.ema_decay > 0 else generator
     refines = recipe.train.joint_train_steps > 0
-    reference = twin("reference") if sharded and refines else None  # there is no twin of shares
+    anchor = twin("reference") if sharded and refines else None  # there is no twin of shares
     if saves:
         save_memory(generator.network)
     if not lora.rank:
@@ -294,7 +299,7 @@ def learning(recipe: Recipe, teacher: Teacher) -> Learning:
     if sharded:
         distributed.shard(generator.network)
         distributed.shard(teacher.denoiser.network)
-    return Learning(generator, score, student, reference)
+    return Learning(generator, score, student, anchor)
 
 
 def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
@@ -340,8 +345,13 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
-    cut_torn_line(log)
-    with stoppable() as asked_to_stop:
+    if distributed.first():
+        cut_torn_line(log)
+    with stoppable() as asked:
+
+        def asked_to_stop() -> bool:
+            return distributed.any_of(asked())
+
         while trainer.state.updates.get(counted, 0) < target or not trainer.at_boundary:
             record = trainer.iterate()
             done = trainer.state.updates.get(counted, 0)
@@ -353,14 +363,16 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
                 "generator_updates": before + trainer.generator_updates,
                 "images": trainer.state.images,
             }
-            with log.open("a") as f:
-                f.write(json.dumps(facts | record) + "\n")
+            if distributed.first():
+                with log.open("a") as f:
+                    f.write(json.dumps(facts | record) + "\n")
             progress(trainer.stage, done, target, record)
             due = train.checkpointing_steps and done % train.checkpointing_steps == 0
-            if asked_to_stop() or (due and trainer.at_boundary):
+            stop = asked_to_stop()
+            if stop or (due and trainer.at_boundary):
                 save(session, trainer)
                 saved = trainer.state.iteration
-            if asked_to_stop():
+            if stop:
                 raise stopped(trainer, output)
         if trainer.state.iteration > saved:
             save(session, trainer)
@@ -389,15 +401,18 @@ def save(session: Session, trainer: Trainer) -> None:
         "reference": session.reference,
         "metrics": {},
     }
-    sync(session.output / "metrics.jsonl")
+    if distributed.first():
+        sync(session.output / "metrics.jsonl")
     try:
         trainer.save(folder, about)
     except OSError as e:
-        if e.errno not in FULL or limit is None or len(checkpoint.all_of(session.output)) < 2:
+        room = limit is not None and len(checkpoint.all_of(session.output)) > 1
+        if e.errno not in FULL or not room or distributed.ranks() > 1:
             raise
         checkpoint.prune(session.output, 1)
         trainer.save(folder, about)
-    checkpoint.prune(session.output, limit)
+    if distributed.first():
+        checkpoint.prune(session.output, limit)
 
 
 def cut_log(log: Path, stage: str, iteration: int) -> None:
