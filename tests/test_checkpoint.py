@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from flashdmd import checkpoint, files
+from flashdmd import checkpoint, config, files, run
 from flashdmd.checkpoint import MANIFEST, damage, latest, prune
+from flashdmd.config import Recipe
 from flashdmd.errors import UserError
 from flashdmd.files import alone_in, mend_all, remove_folder, replace_folder
 from flashdmd.session import cut_log
@@ -246,3 +247,35 @@ def test_a_process_killed_while_it_writes_leaves_the_older_one(tmp_path: Path) -
     mend_all(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert latest(tmp_path) == folder
+
+
+def recipe_in(folder: Path, *changes: str) -> Recipe:
+    return config.read("emoji-score", list(changes), folder)
+
+
+def test_what_a_run_goes_on_with_is_said_key_by_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files.write_text(tmp_path / "recipe.yaml", config.dump(recipe_in(tmp_path)))
+    assert not run.check_same(recipe_in(tmp_path))
+    assert not caplog.records
+    fine = [
+        "train.learning_rate=1e-5", "train.gradient_accumulation_steps=2", "train.device=cpu",
+        "train.gradient_checkpointing=true", "train.max_train_steps=200",
+    ]  # fmt: skip
+    assert run.check_same(recipe_in(tmp_path, *fine)) == {x.partition("=")[0] for x in fine}
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(fine)
+    assert "train.learning_rate: was 0.0001, is 1e-05: the run goes on with it" in said
+    caplog.clear()
+    other = ["train.train_batch_size=16", "method.beta=400", "train.learning_rate=1e-5"]
+    with pytest.raises(UserError) as caught:
+        run.check_same(recipe_in(tmp_path, *other))
+    assert str(caught.value).splitlines()[1:6] == [
+        "  method.beta: was 500.0, is 400.0",
+        "  train.train_batch_size: was 32, is 16",
+        "with these it would go on:",
+        "  train.learning_rate: was 0.0001, is 1e-05",
+        "give another output_dir, or start over in this one: --no-resume of `flashdmd train`",
+    ]
+    assert not caplog.records

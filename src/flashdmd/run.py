@@ -1,6 +1,7 @@
 """What the commands do: train through both stages, demo, sample, evaluate, report."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -61,12 +62,16 @@ MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the ru
     "train.joint_train_steps",
     "train.checkpointing_steps",
     "train.checkpoints_total_limit",
+    "train.gradient_accumulation_steps",  # memory and machine: they decide no number but roundings
+    "train.gradient_checkpointing",
+    "train.device",
     *(f"validation.{name}" for name in config.Validation.model_fields),
 }
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
     "metrics.jsonl", "metrics.json", "data.json", "timing.json", "report.html", "samples",
     "student", "student-stage1",
 )  # fmt: skip
+log = logging.getLogger(__name__)
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
 
 
@@ -189,7 +194,7 @@ def check_progress(recipe: Recipe, state: dict[str, Any], changed: set[str]) -> 
 
 
 def check_same(recipe: Recipe) -> set[str]:
-    """The keys that the run in the folder had otherwise, all of which may change.
+    """The keys that the run in the folder had otherwise, all of which may change; the log says so.
 
     Raises UserError when it is a run of another recipe.
     """
@@ -198,12 +203,17 @@ def check_same(recipe: Recipe) -> set[str]:
         return set()
     before, now = flat(config.load(known, [])), flat(recipe)
     changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
-    if refused := sorted(changed - MAY_CHANGE - {"output_dir"}):
-        lines = [f"  {k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in refused]
+    changed -= {"output_dir"}
+    said = {k: f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(changed)}
+    if refused := "".join(f"  {line}\n" for k, line in said.items() if k not in MAY_CHANGE):
+        fine = "".join(f"  {line}\n" for k, line in said.items() if k in MAY_CHANGE)
         raise UserError(
-            f"{recipe.output_dir} holds a run of another recipe:\n" + "\n".join(lines) + "\n"
-            "give another output_dir, or start over in this one: --no-resume of `flashdmd train`"
+            f"{recipe.output_dir} holds a run of another recipe:\n{refused}"
+            + (f"with these it would go on:\n{fine}" if fine else "")
+            + "give another output_dir, or start over in this one: --no-resume of `flashdmd train`"
         )
+    for line in said.values():
+        log.warning("%s: the run goes on with it", line)
     return changed
 
 
