@@ -149,6 +149,10 @@ def whole(teacher: Teacher, network: nn.Module, steps: tuple[int, ...]) -> Any:
         parts["text_encoder_3"], parts["tokenizer_3"] = silent_t5(width)
     parts[teacher.family.network] = network
     parts["scheduler"] = scheduler_for(teacher, steps)
+    for part in parts.values():  # how a prompt was padded last is no part of a tokenizer
+        if (tokenizer := getattr(part, "backend_tokenizer", None)) is not None:
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     return type(teacher.pipeline)(**parts, **extra)
 

@@ -109,6 +109,8 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
     at = checkpoint.state_of(point) if point else beginning
     if distributed.first():
         cut_log(output / "metrics.jsonl", at["stage"], at["iteration"])
+        if point:  # a kill may have come before it
+            checkpoint.prune(output, recipe.train.checkpoints_total_limit)
     if at["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
