@@ -42,12 +42,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {  # beside the tiny teacher, but for the
     "embedded default": (
         *SMALL,
         "train.mixed_precision=bf16",
-        "train.max_train_steps=2",
+        "train.max_train_steps=1",
         "train.joint_train_steps=1",
+        "train.gan_calibration_steps=[0, 1]",
     ),
 }
 WAITING = 300.0  # seconds that an attempt may take
-POLL = 0.0004
+POLL = 0.001  # seconds; a checkpoint is written in 20 or so milliseconds
 
 
 def ingredients(folder: Path) -> Path:
@@ -196,10 +197,8 @@ def differences(whole: Path, other: Path) -> list[str]:
     """What of two runs is not the same: files of checkpoints and students by their bytes, the log
     by its lines but for seconds, and what else is there.
     """
-    ours, theirs = (contents(folder) for folder in (other, whole))
-    return sorted(
-        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
-    )
+    a, b = contents(whole), contents(other)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def contents(folder: Path) -> dict[str, str | list[dict]]:

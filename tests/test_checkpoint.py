@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import kills
 import pytest
 import torch
 from torch import nn
@@ -279,3 +280,91 @@ def test_what_a_run_goes_on_with_is_said_key_by_key(
         "give another output_dir, or start over in this one: --no-resume of `flashdmd train`",
     ]
     assert not caplog.records
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("finished")
+    short = ["train.max_train_steps=1", "train.gan_calibration_steps=[0,1]"]
+    parts = kills.ingredients(folder / "parts")
+    recipe = kills.recipe_of("both stages", parts, folder / "run", *short)
+    run.train(recipe, progress=quiet)
+    return recipe
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def test_stage_2_is_not_gone_on_with_without_its_reference_or_with_another(
+    finished: Recipe,
+) -> None:
+    output = Path(finished.output_dir)
+    first, last = output / "student-stage1", output / "student"
+    first.rename(output / "aside")
+    with pytest.raises(UserError, match=f"held to the student of stage 1, and {first} is not"):
+        run.train(finished, progress=quiet)
+    shutil.copytree(last, first)
+    with pytest.raises(UserError, match=f"{first} is another one than it was"):
+        run.train(finished, progress=quiet)
+    shutil.rmtree(first)
+    (output / "aside").rename(first)
+    before = (last / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    run.train(finished, progress=quiet)
+    assert (last / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_says_what_it_is_of(finished: Recipe) -> None:
+    newest = latest(Path(finished.output_dir))
+    assert newest is not None
+    about = checkpoint.state_of(newest)["about"]
+    assert Recipe.model_validate(about["recipe"]) == finished
+    assert about["versions"] == json.loads((newest.parent / "versions.json").read_text())
+    assert about["versions"]["torch"] == torch.__version__
+    suffixes = {path.suffix for path in newest.iterdir()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+def test_a_damaged_checkpoint_is_gone_past_and_the_run_ends_the_same(
+    finished: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = Path(finished.output_dir)
+    newest = latest(output)
+    assert newest is not None
+    before = {p.name: p.read_bytes() for p in newest.iterdir()}
+    flip(newest / "score.safetensors")
+    run.train(finished, progress=quiet)
+    assert f"{newest} is damaged and passed over: score.safetensors is" in caplog.text
+    assert {p.name: p.read_bytes() for p in newest.iterdir()} == before
+    damaged = output / f"{newest.name}.damaged"
+    assert (damaged / "score.safetensors").read_bytes() != before["score.safetensors"]
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2 + 2 * 4
+
+
+def test_the_newest_checkpoint_is_read_by_who_is_alone(finished: Recipe) -> None:
+    """Else it may be one that another process is about to prune."""
+    output = Path(finished.output_dir)
+    there = [(p, p / "state.json") for p in checkpoint.all_of(output)]
+    for _, state in there:
+        state.rename(state.with_name("aside"))
+    try:
+        with alone_in(output), pytest.raises(UserError, match="another process"):
+            run.train(finished, progress=quiet)
+        with pytest.raises(UserError, match="every checkpoint in"):
+            run.train(finished, progress=quiet)
+    finally:
+        for folder, state in there:
+            (folder / "aside").rename(state)
+
+
+def test_what_decides_the_data_may_not_change(tmp_path: Path) -> None:
+    """The steps of the teacher that draws the pictures, where it draws them."""
+    for name, refused in (("emoji", False), ("teacher", True)):
+        here = f"data.train_data_dir={name}"
+        files.write_text(tmp_path / "recipe.yaml", config.dump(recipe_in(tmp_path, here)))
+        now = recipe_in(tmp_path, here, "validation.teacher_steps=7")
+        if refused:
+            with pytest.raises(UserError, match="teacher_steps: was 50, is 7"):
+                run.check_same(now)
+        else:
+            run.check_same(now)

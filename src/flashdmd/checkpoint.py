@@ -184,6 +184,13 @@ def unreadable(folder: Path, e: BaseException) -> UserError:
     )
 
 
+def load_weights(folder: Path, name: str, network: nn.Module) -> None:
+    """Fills one network. Raises UserError for another network's weights."""
+    parts = Parts(folder)
+    parts.weights(name, network)
+    parts.read_shards()
+
+
 class Parts:
     """What `save` wrote, of a run that was whole or sharded, for one that is either."""
 
@@ -287,10 +294,11 @@ def state_of(folder: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = dict(json.loads((folder / STATE).read_text("utf-8")))
-        wanted = ("stage", "iteration", "updates", "before", "about")
-        return {name: state[name] for name in wanted}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, TypeError) as e:
         raise unreadable(folder, e) from e
+    if odd := {"stage", "iteration", "updates", "before", "about"} - state.keys():
+        raise unreadable(folder, ValueError(f"its {STATE} has no {' and no '.join(sorted(odd))}"))
+    return state
 
 
 def load_network(network: nn.Module, pipeline: Path, component: str) -> None:

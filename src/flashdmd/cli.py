@@ -159,7 +159,9 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The output_dir of a run, or a student's folder.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run's output_dir, a checkpoint in it, or a student's folder.")
+    ],
     output: Annotated[Path, typer.Option(help="A folder, or a file that ends in .safetensors.")],
     format: Annotated[
         str, typer.Option(help="diffusers, lora, comfyui or single-file.")

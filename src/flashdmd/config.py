@@ -145,6 +145,7 @@ class Train(Section):
     seed: Seed = 0
     checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
     checkpoints_total_limit: Count | None = 2  # None keeps all
+    max_bad_iterations: Count = 3  # [DEF] in a row in which something is not finite; then it stops
     gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
 
     @field_validator("gan_calibration_steps")
@@ -179,6 +180,9 @@ class Validation(Section):
     num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
     teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50
     seed: Seed = 1234  # of the starting noise, the same for every arm
+    best_metric: Literal["kid", "retrieval", "reward", "held_out_reward", "diversity"] | None = (
+        None  # measured at every checkpoint, and the best one is kept; None: the newest alone
+    )
 
 
 class Recipe(Section):

@@ -1,13 +1,17 @@
-"""Something that draws: a pipeline, its steps and its guidance."""
+"""Something that draws: a pipeline, its steps and its guidance; or a student as it stands."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flashdmd import distributed
-from flashdmd.models.teacher import Teacher
+from flashdmd.models.denoiser import NetworkDenoiser
+from flashdmd.models.teacher import Teacher, to_uint8
+from flashdmd.sampler import Sampler
 from flashdmd.seeds import seed_of
 
 DRAWN_AT_ONCE = 64  # pictures of 64 pixels; of larger ones as many fewer
@@ -29,21 +33,71 @@ class Arm:
 
     @property
     def at_once(self) -> int:
-        """Pictures in a batch."""
-        return max(1, DRAWN_AT_ONCE * 64**2 // self.teacher.image_size**2)
+        return at_once(self.teacher)
 
     def draw(self, prompts: list[str], seed: int) -> np.ndarray:
         """(N, 3, H, W) uint8; noise i is the same for every arm, and so are later draws.
 
         Several processes draw a share each, and all get all.
         """
-        images = []
-        starts = range(0, len(prompts), self.at_once)
-        for start in tqdm(
-            distributed.own(starts), desc="draw", unit="batch", leave=False, delay=10
-        ):
-            some = prompts[start : start + self.at_once]
-            torch.manual_seed(seed_of("draw", seed, start))
-            noise = self.teacher.noise(len(some), seed + start)
-            images.append(self.teacher.sample(some, noise, self.steps, self.guidance))
-        return np.concatenate(distributed.everyones(images))
+
+        def some(part: list[str], noise: Tensor) -> np.ndarray:
+            return self.teacher.sample(part, noise, self.steps, self.guidance)
+
+        return in_batches(self.teacher, prompts, seed, some)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A student within its run: what the plain call of its folder would draw, without the folder.
+
+    Of a score-based pipeline to the rounding; other pipelines round their times otherwise.
+    """
+
+    teacher: Teacher
+    student: NetworkDenoiser
+    sampler: Sampler
+
+    @property
+    def nfe(self) -> int:
+        return len(self.sampler.steps)
+
+    @torch.no_grad()
+    def draw(self, prompts: list[str], seed: int) -> np.ndarray:
+        """(N, 3, H, W) uint8, from the noise of any `Arm`."""
+        device, half = self.teacher.device, self.student.dtype == torch.bfloat16
+
+        def some(part: list[str], noise: Tensor) -> np.ndarray:
+            cond = self.teacher.encode_prompts(part)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                latents = self.sampler.sample(self.student, noise.to(device), cond)
+                return to_uint8(self.teacher.decode(latents))
+
+        shared = distributed.shards(dict(self.student.named_parameters()))
+        return in_batches(self.teacher, prompts, seed, some, deals=not shared)
+
+
+def at_once(teacher: Teacher) -> int:
+    """Pictures in a batch."""
+    return max(1, DRAWN_AT_ONCE * 64**2 // teacher.image_size**2)
+
+
+def in_batches(
+    teacher: Teacher,
+    prompts: list[str],
+    seed: int,
+    draw: Callable[[list[str], Tensor], np.ndarray],
+    deals: bool = True,
+) -> np.ndarray:
+    """What `draw` makes of some prompts and their noise, for all prompts in order.
+
+    Several processes have the batches dealt out, unless each needs the others to draw.
+    """
+    images, n = [], at_once(teacher)
+    starts = range(0, len(prompts), n)
+    mine = distributed.own(starts) if deals else starts
+    for start in tqdm(mine, desc="draw", unit="batch", leave=False, delay=10):
+        some = prompts[start : start + n]
+        torch.manual_seed(seed_of("draw", seed, start))
+        images.append(draw(some, teacher.noise(len(some), seed + start)))
+    return np.concatenate(distributed.everyones(images) if deals else images)

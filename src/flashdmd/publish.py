@@ -1,5 +1,6 @@
 """`flashdmd export`: a student in the format of those who are to use it."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -8,14 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flashdmd import export
+from flashdmd import checkpoint, export
+from flashdmd.config import Recipe
 from flashdmd.errors import UserError
 from flashdmd.export import Notes
 from flashdmd.files import forget_origins, replace_file, replace_folder
-from flashdmd.loading import load_base, load_teacher
+from flashdmd.loading import load_base, load_teacher, teacher_of
 from flashdmd.models import lora_keys, single_file
 from flashdmd.models.families.silent import is_silent
 from flashdmd.models.teacher import Teacher
+from flashdmd.session import learning
+from flashdmd.trainer import State
 
 Format = Literal["diffusers", "lora", "comfyui", "single-file"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -25,7 +29,8 @@ NOT_DENOISING = ("safety_checker", "image_encoder")
 def export_run(
     run: Path, form: str, output: Path, dtype: str = "fp32", rank: int = 64
 ) -> tuple[Path, str]:
-    """Writes the last student of a run, or the one in a student's folder; says what was lost.
+    """Writes the last student of a run, or the one in a student's or a checkpoint's folder; says
+    what was lost.
 
     diffusers: a whole pipeline, a LoRA merged into it. lora: for `load_lora_weights`. comfyui: a
     LoRA by the names that ComfyUI's loader has. single-file: all networks in one file. A LoRA of a
@@ -36,6 +41,10 @@ def export_run(
         raise UserError(f"--format {form}: there are {', '.join(get_args(Format))}")
     if output.exists():
         raise UserError(f"--output {output} is there already; name another")
+    if (run / checkpoint.STATE).is_file():
+        with tempfile.TemporaryDirectory() as beside:
+            written = student_at(run, Path(beside) / run.name)
+            return export_run(written, form, output, dtype, rank)
     folder, notes = student_in(run)
     note = "" if (folder / lora_keys.FILE_NAME).is_file() else "Every weight was trained."
     student = load_teacher(str(folder), merged=True)
@@ -76,9 +85,38 @@ def student_in(run: Path) -> tuple[Path, Notes]:
         if notes := export.notes_of(folder):
             return folder, notes
     raise UserError(
-        f"{run} holds no student; give the output_dir of a run, or a student's folder, in which is "
-        f"{export.NOTES}"
+        f"{run} holds no student; give the output_dir of a run, one of its checkpoints, or a "
+        f"student's folder, in which is {export.NOTES}"
     )
+
+
+def student_at(point: Path, folder: Path) -> Path:
+    """Writes `folder`, the student as it was at a checkpoint. Raises UserError for a damaged one,
+    or one of other weights than its recipe's.
+    """
+    if reason := checkpoint.damage(point):
+        raise UserError(f"the checkpoint {point} is damaged: {reason}; export another one")
+    told = checkpoint.state_of(point)
+    recipe = Recipe.model_validate(told["about"]["recipe"])
+    state = State(**{name: told[name] for name in State.__dataclass_fields__})
+    teacher = teacher_of(recipe)
+    student = learning(recipe, teacher).student
+    name = "student" if recipe.train.ema_decay else "generator"
+    checkpoint.load_weights(point, name, student)
+    note = how_made(told["stage"], state)
+    return export.write_student(teacher, student, recipe.method, folder, note, state.in_average)
+
+
+def how_made(stage: str, state: State) -> str:
+    """What a student's card says of its training."""
+    distilled = state.updates if stage == "distill" else state.before
+    updates = distilled.get("generator", 0)
+    note = f"Trained by `flashdmd train` for {updates} generator updates."
+    if stage == "distill":
+        return note
+    unit = "preference" if stage == "rl" else "generator"
+    done = state.updates.get(unit, 0)
+    return f"{note} Then refined (stage 2, {stage}) for {done} {unit} updates."
 
 
 def adapter_of(

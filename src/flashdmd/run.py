@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flashdmd import checkpoint, config, distributed, export
+from flashdmd import best, checkpoint, config, distributed, export
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
@@ -26,6 +26,7 @@ from flashdmd.files import alone_in, mend_all, remove_folder, write_text
 from flashdmd.loading import RewardModel, device_of, load_reward, load_teacher, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
+from flashdmd.publish import how_made
 from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
@@ -39,7 +40,7 @@ from flashdmd.session import (
     versions,
     write_json,
 )
-from flashdmd.sources import EMOJI, open_source, prompts_of
+from flashdmd.sources import EMOJI, OWN, open_source, prompts_of
 from flashdmd.trainer import Trainer
 
 GUIDANCE, TEACHER_STEPS = 3.0, 50  # of a teacher, where nothing says otherwise
@@ -68,8 +69,8 @@ MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the ru
     *(f"validation.{name}" for name in config.Validation.model_fields),
 }
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
-    "metrics.jsonl", "metrics.json", "data.json", "timing.json", "report.html", "samples",
-    "student", "student-stage1",
+    "metrics.jsonl", "validation.jsonl", "metrics.json", "data.json", "timing.json", "report.html",
+    "samples", "student", "student-stage1",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
@@ -82,6 +83,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     UserError when another process runs in the same folder.
     """
     output = Path(recipe.output_dir)
+    best.check_metric(recipe)
     with alone_in(output) if distributed.first() else nullcontext():
         if distributed.first():
             mend_all(output)
@@ -94,6 +96,9 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
             if state["stage"] != "distill":
                 check_first_student(point)
         session = open_session(recipe)
+        if recipe.validation.best_metric:
+            session.measure = best.measure_of(session, *judged_by(session))
+            session.worth = best.worth_of(recipe)
         if distributed.first():
             prepare(recipe, resume)
             write_json(output / "data.json", session.data)
@@ -108,9 +113,10 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
     beginning: dict[str, Any] = {"stage": "distill", "iteration": 0}
     at = checkpoint.state_of(point) if point else beginning
     if distributed.first():
-        cut_log(output / "metrics.jsonl", at["stage"], at["iteration"])
-        if point:  # a kill may have come before it
-            checkpoint.prune(output, recipe.train.checkpoints_total_limit)
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            cut_log(output / name, at["stage"], at["iteration"])
+        if point:  # a kill may have come before it was seen to
+            checkpoint.prune(output, recipe.train.checkpoints_total_limit, session.worth)
     if at["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
@@ -206,9 +212,12 @@ def check_same(recipe: Recipe) -> set[str]:
     before, now = flat(config.load(known, [])), flat(recipe)
     changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
     changed -= {"output_dir"}
+    may = MAY_CHANGE
+    if recipe.data.train_data_dir == OWN:  # these are the data
+        may = may - {"validation.teacher_steps"}
     said = {k: f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(changed)}
-    if refused := "".join(f"  {line}\n" for k, line in said.items() if k not in MAY_CHANGE):
-        fine = "".join(f"  {line}\n" for k, line in said.items() if k in MAY_CHANGE)
+    if refused := "".join(f"  {line}\n" for k, line in said.items() if k not in may):
+        fine = "".join(f"  {line}\n" for k, line in said.items() if k in may)
         raise UserError(
             f"{recipe.output_dir} holds a run of another recipe:\n{refused}"
             + (f"with these it would go on:\n{fine}" if fine else "")
@@ -242,17 +251,10 @@ def flat(recipe: Recipe) -> dict[str, object]:
 
 def write_student(session: Session, trainer: Trainer, name: str) -> Path:
     """The student as a diffusers folder, with a card that says how it was made and is called."""
-    recipe, teacher, made = session.recipe, session.teacher, trainer.state
-    distilled = made.updates if trainer.stage == "distill" else made.before
-    updates = distilled.get("generator", 0)
-    note = f"Trained by `flashdmd train` for {updates} generator updates."
-    if trainer.stage != "distill":
-        unit = "preference" if trainer.stage == "rl" else "generator"
-        note += f" Then refined (stage 2, {trainer.stage}) for "
-        note += f"{made.updates.get(unit, 0)} {unit} updates."
-    folder = session.output / name
+    note = how_made(trainer.stage, trainer.state)
+    teacher, student, folder = session.teacher, session.student, session.output / name
     return export.write_student(
-        teacher, session.student, recipe.method, folder, note, trainer.averaged
+        teacher, student, session.recipe.method, folder, note, trainer.averaged
     )
 
 
@@ -364,6 +366,13 @@ def bench_of(recipe: Recipe, teacher: Teacher) -> Bench | OwnBench:
     _, once = np.unique(drawn.indices, return_index=True)  # one met twice is no pair to compare
     called = "samples of the teacher" if caveat else "real pictures"
     return OwnBench(captions, said.seed, EfficientNetLite(2), called, drawn.pictures[once])
+
+
+def judged_by(session: Session) -> tuple[Bench | OwnBench, Score | None]:
+    """What a run is measured by while it goes on: as when it ends."""
+    teacher, name = session.teacher, session.recipe.model.reward_model_name_or_path
+    reward = session.reward or (load_reward(name, teacher) if name else None)
+    return bench_of(session.recipe, teacher), scorer(reward, teacher) if reward else None
 
 
 def scorer(reward: RewardModel, teacher: Teacher) -> Score:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashdmd import checkpoint, distributed, draws, export
+from flashdmd import checkpoint, distributed, draws, export, notfinite
 from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.augment import diff_augment
 from flashdmd.baselines import DMD2, dmd2_cycle
@@ -68,6 +68,8 @@ class Session:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     start: State = field(default_factory=State)  # what the next stage takes over
     reference: str | None = None  # fingerprint of what stage 2 is held to
+    measure: Callable[[str], dict[str, Any]] | None = None  # the student, in a stage
+    worth: Callable[[Path], float | None] | None = None  # of a checkpoint that was measured
 
     @property
     def output(self) -> Path:
@@ -341,43 +343,25 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
     """Iterates to `target` generator updates, of stage "rl" preference updates; saves on the way,
     when stopped, and at the end.
     """
-    saved = trainer.state.iteration
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
-    if distributed.first():
-        cut_torn_line(log)
     with stoppable() as asked:
-
-        def asked_to_stop() -> bool:
-            return distributed.any_of(asked())
-
         while trainer.state.updates.get(counted, 0) < target or not trainer.at_boundary:
             record = trainer.iterate()
             done = trainer.state.updates.get(counted, 0)
-            before = trainer.state.before.get("generator", 0)
-            facts = {
-                "iteration": trainer.state.iteration,
-                "stage": trainer.stage,
-                "arm": train.arm,
-                "generator_updates": before + trainer.generator_updates,
-                "images": trainer.state.images,
-            }
-            if distributed.first():
-                with log.open("a") as f:
-                    f.write(json.dumps(facts | record) + "\n")
+            append(log, where(trainer) | record)
             progress(trainer.stage, done, target, record)
-            due = train.checkpointing_steps and done % train.checkpointing_steps == 0
-            stop = asked_to_stop()
-            if stop or (due and trainer.at_boundary):
-                save(session, trainer)
-                saved = trainer.state.iteration
+            if trainer.bad:
+                in_a_row, most = trainer.state.bad_in_a_row, train.max_bad_iterations
+                notfinite.keep(trainer.bad, output / "not-finite", in_a_row, most)
+            every, ends = train.checkpointing_steps, done >= target
+            due = trainer.at_boundary and (ends or (every and done % every == 0))
+            stop = distributed.any_of(asked())
+            if due or stop:
+                save(session, trainer, measured=bool(due))
             if stop:
                 raise stopped(trainer, output)
-        if trainer.state.iteration > saved:
-            save(session, trainer)
-        if asked_to_stop():
-            raise stopped(trainer, output)
 
 
 def stopped(trainer: Trainer, output: Path) -> Interrupted:
@@ -387,11 +371,36 @@ def stopped(trainer: Trainer, output: Path) -> Interrupted:
     )
 
 
-def save(session: Session, trainer: Trainer) -> None:
+def where(trainer: Trainer) -> dict[str, Any]:
+    """What a line of a log begins with."""
+    before = trainer.state.before.get("generator", 0)
+    return {
+        "iteration": trainer.state.iteration,
+        "stage": trainer.stage,
+        "arm": "dmd2" if isinstance(trainer.algorithm, DMD2) else "flash-dmd",
+        "generator_updates": before + trainer.generator_updates,
+        "images": trainer.state.images,
+    }
+
+
+def append(log: Path, line: dict[str, Any]) -> None:
+    if distributed.first():
+        with log.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
     """Writes checkpoint-{iterations}, of stage 2 a million later, and prunes older ones.
 
-    On a full disk these make room for it, unless all are to be kept.
+    On a full disk these make room for it, unless all are to be kept. With `measured` the student
+    is measured first, if it is to be.
     """
+    metrics: dict[str, Any] = {}
+    if measured and session.measure:
+        row = session.measure(trainer.stage)
+        row["student"] = row.pop("arm")
+        append(session.output / "validation.jsonl", where(trainer) | row)
+        metrics = {name: v for name, v in row.items() if not name.startswith("seconds")}
     limit = session.recipe.train.checkpoints_total_limit
     step = trainer.state.iteration + (10**6 if trainer.stage != "distill" else 0)
     folder = session.output / f"checkpoint-{step}"
@@ -399,7 +408,7 @@ def save(session: Session, trainer: Trainer) -> None:
         "recipe": json.loads(session.recipe.model_dump_json()),
         "versions": versions(),
         "reference": session.reference,
-        "metrics": {},
+        "metrics": metrics,
     }
     if distributed.first():
         sync(session.output / "metrics.jsonl")
@@ -409,10 +418,10 @@ def save(session: Session, trainer: Trainer) -> None:
         room = limit is not None and len(checkpoint.all_of(session.output)) > 1
         if e.errno not in FULL or not room or distributed.ranks() > 1:
             raise
-        checkpoint.prune(session.output, 1)
+        checkpoint.prune(session.output, 1, session.worth)
         trainer.save(folder, about)
     if distributed.first():
-        checkpoint.prune(session.output, limit)
+        checkpoint.prune(session.output, limit, session.worth)
 
 
 def cut_log(log: Path, stage: str, iteration: int) -> None:

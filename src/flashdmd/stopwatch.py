@@ -52,6 +52,15 @@ class Stopwatch:
             self._charge()
             del self._running[depth:]
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done inside is no part of an iteration."""
+        before = self.seconds.copy()
+        try:
+            yield
+        finally:
+            self.seconds = before
+
     def iteration(self, seconds: float) -> None:
         self.iterations += 1
         self.total += seconds

@@ -88,6 +88,13 @@ class State:
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
     bad_in_a_row: int = 0  # iterations, up to this one, with an update that was skipped
 
+    @property
+    def in_average(self) -> int:
+        """Updates of the generator that the student averages, those of earlier runs too."""
+        counts = self.before, self.updates
+        made = (count.get(name, 0) for count in counts for name in ("generator", "preference"))
+        return self.averaged + sum(made)
+
     def for_next_stage(self) -> "State":
         """A stage counts its own updates; cost and lambda_adv go on from the stage before."""
         return State(
@@ -138,10 +145,7 @@ class Trainer:
 
     @property
     def averaged(self) -> int:
-        """Updates of the generator that the student averages, those of earlier runs too."""
-        counts = self.state.before, self.state.updates
-        made = (count.get(name, 0) for count in counts for name in ("generator", "preference"))
-        return self.state.averaged + sum(made)
+        return self.state.in_average
 
     @property
     def at_boundary(self) -> bool:
