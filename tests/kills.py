@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +30,15 @@ SMALL = (
     "method.preferences_per_distillation=2",
 )  # fmt: skip
 TINY = (*SMALL, "method.student_timesteps=[999, 499]", "validation.num_prompts=8")
-BOTH = ("train.max_train_steps=3", "train.joint_train_steps=2")
+BOTH = ("train.max_train_steps=2", "train.joint_train_steps=2")
 VARIANTS: dict[str, tuple[str, ...]] = {  # beside the tiny teacher, but for the last
-    "stage 1": (*TINY, "train.max_train_steps=8", "train.joint_train_steps=0"),
+    "stage 1": (*TINY, "train.max_train_steps=5", "train.joint_train_steps=0"),
     "both stages": (*TINY, *BOTH),
     "accumulation": (*TINY, *BOTH, "train.gradient_accumulation_steps=2"),
     # a scale that does not divide out; no average, so the student is the generator
     "LoRA": (*TINY, *BOTH, "lora.rank=4", "lora.lora_alpha=2.8"),
     "no average": (*TINY, *BOTH, "train.ema_decay=0"),
+    "best by metric": (*TINY, *BOTH, "validation.best_metric=kid"),
     "embedded default": (
         *SMALL,
         "train.mixed_precision=bf16",
@@ -135,7 +135,7 @@ class Tally:
     kills: int = 0  # that found the process alive
     while_writing: int = 0
     before_the_first_checkpoint: int = 0
-    in_stage: Counter[str] = field(default_factory=Counter)
+    in_stage: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     equal: int = 0  # runs, bit for bit
     odd: list[str] = field(default_factory=list)  # files that differ
@@ -190,7 +190,8 @@ def count(tally: Tally, output: Path) -> None:
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     stage = json.loads(lines[-1])["stage"] if lines else "opening"
     first = any(".student-stage1." in name for name in half)
-    tally.in_stage["between the stages" if first else stage] += 1
+    where = "between the stages" if first else stage
+    tally.in_stage[where] = tally.in_stage.get(where, 0) + 1
 
 
 def differences(whole: Path, other: Path) -> list[str]:

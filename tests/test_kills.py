@@ -1,6 +1,7 @@
 """Runs killed with SIGKILL at random moments end bit for bit as those that never were."""
 
 import random
+import shutil
 from pathlib import Path
 
 import kills
@@ -11,8 +12,13 @@ KILLS = {"stage 1": 5, "both stages": 5, "accumulation": 4, "LoRA": 4, "embedded
 
 
 @pytest.fixture(scope="module")
-def tallies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tally]:
-    folder, rng = tmp_path_factory.mktemp("kills"), random.Random(0)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kills")
+
+
+@pytest.fixture(scope="module")
+def tallies(folder: Path) -> dict[str, Tally]:
+    rng = random.Random(0)
     parts = kills.ingredients(folder / "parts")
     return {
         name: kills.kill_runs(name, n, parts, folder / name.replace(" ", "-"), rng)
@@ -36,19 +42,18 @@ def test_twenty_kills_hit_and_some_of_them_while_a_checkpoint_was_written(
     assert {"distill", "joint"} <= {s for tally in tallies.values() for s in tally.in_stage}
 
 
-def test_the_comparison_sees_a_bit_and_a_line(tmp_path: Path) -> None:
-    parts = kills.ingredients(tmp_path / "parts")
-    recipe = kills.recipe_of("stage 1", parts, tmp_path / "run", "train.max_train_steps=2")
-    kills.run_whole(recipe, tmp_path / "log.txt")
-    output = (tmp_path / "run").rename(tmp_path / "whole")
-    kills.run_whole(recipe, tmp_path / "log.txt")
-    assert not kills.differences(output, tmp_path / "run")
-    moments = tmp_path / "run/checkpoint-4/score.optimizer.safetensors"
+def test_the_comparison_sees_a_bit_and_a_line(
+    tallies: dict[str, Tally], folder: Path, tmp_path: Path
+) -> None:
+    whole, other = folder / "stage-1/whole", tmp_path / "other"
+    shutil.copytree(whole, other)
+    assert not kills.differences(whole, other)
+    moments = other / "checkpoint-10/score.optimizer.safetensors"
     content = bytearray(moments.read_bytes())
     content[-1] ^= 1
     moments.write_bytes(content)
-    log = tmp_path / "run/metrics.jsonl"
+    log = other / "metrics.jsonl"
     log.write_text(log.read_text() + log.read_text().splitlines()[-1] + "\n")
-    (tmp_path / "run/.half").write_text("")
-    odd = ["checkpoint-4/score.optimizer.safetensors", "metrics.jsonl", ".half"]
-    assert sorted(kills.differences(output, tmp_path / "run")) == sorted(odd)
+    (other / ".half").write_text("")
+    odd = ["checkpoint-10/score.optimizer.safetensors", "metrics.jsonl", ".half"]
+    assert sorted(kills.differences(whole, other)) == sorted(odd)
