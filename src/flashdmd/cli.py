@@ -275,6 +275,13 @@ def check_start(folder: Path | None, holds: tuple[str, ...] = NETWORKS) -> None:
     """Raises UserError for a folder that does not hold one of these files."""
     if folder is not None and not any((folder / n).is_file() for n in holds):
         raise UserError(f"--start {folder}: give a folder with {' or '.join(holds)}")
+    if folder is not None:
+        from flashdmd.models import teacher, trust
+
+        if (folder / NETWORKS[0]).is_file():
+            trust.trusted(str(folder), teacher.index_of(str(folder)), {})
+        else:
+            trust.refuse_unsafe(folder)
 
 
 @emoji.command("data")

@@ -4,7 +4,7 @@ import errno
 import re
 
 FULL = {errno.ENOSPC, errno.EDQUOT}  # of an OSError: the disk
-SECRET = re.compile(r"//[^/\s@]+@")  # user:password in a URL
+SECRET = re.compile(r"(:/{1,2})[^/\s@]+@")  # of a URL, or of one taken for a path: user:password
 
 
 class UserError(ValueError):
@@ -14,7 +14,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return SECRET.sub("//***@", super().__str__())
+        return SECRET.sub(r"\1***@", super().__str__())
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error

@@ -28,7 +28,7 @@ from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
-from flashdmd.models.trust import refuse_pickles, trusted
+from flashdmd.models.trust import refuse_config, refuse_unsafe, trusted
 from flashdmd.reward import LatentReward, as_trained
 from flashdmd.sampler import Cond
 from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
@@ -341,6 +341,7 @@ def load(
         if facts.base.startswith("."):
             facts = replace(facts, base=str(folder / facts.base))
         made = NETWORKS[KINDS[facts.kind].network]
+        refuse_config(f"{folder}/config.json", facts.network)
         with torch.device("meta"):  # shapes alone: the weights are read next
             network = network_of(made(**facts.network), facts)
         network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
@@ -362,7 +363,7 @@ def read_words(folder: Path, facts: Facts, encoders_of: Any) -> Words:
     tokenizers, encoders = [], []
     for name in ENCODERS:
         if (path := folder / name).is_dir():
-            refuse_pickles(path)
+            refuse_unsafe(path)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             made = getattr(transformers, config.architectures[0])
             if not issubclass(made, transformers.PreTrainedModel):

