@@ -41,6 +41,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         with as_os_error(folder):
             yield beside
         for path in (*beside.rglob("*"), beside):
+            if path.is_file():
+                path.chmod(beside.stat().st_mode & 0o666)  # safetensors leaves 0600 always
             sync(path)
         if folder.exists():
             folder.rename(retired)
@@ -61,9 +63,13 @@ def replace_file(path: Path) -> Iterator[Path]:
     When the body raises, `path` is as it was. Errors are those of `replace_folder`.
     """
     beside = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
+    beside.unlink(missing_ok=True)
+    beside.touch(exist_ok=False)  # whoever may write here cannot have put a link in its place
+    mode = beside.stat().st_mode
     try:
         with as_os_error(path):
             yield beside
+        beside.chmod(mode)  # as the user gives; safetensors leaves 0600 always
         sync(beside)
         beside.replace(path)
         sync(path.parent)
