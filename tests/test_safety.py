@@ -31,6 +31,7 @@ from flashdmd.data import open_data
 from flashdmd.emoji.world import PACKED, World
 from flashdmd.errors import UserError
 from flashdmd.models import latent_reward
+from flashdmd.models.teacher import load_pipeline
 from flashdmd.models.vision import load_backbone
 
 Place = Callable[[Path, Path], Path]  # (a folder with models, the mark) -> what must stay closed
@@ -111,6 +112,19 @@ def in_shards(here: Path, mark: Path) -> Path:
     return shard
 
 
+def shard_named(name: str) -> Place:
+    """An index of safetensors that names a shard of another kind, or of another place."""
+
+    def place(here: Path, mark: Path) -> Path:
+        (whole,) = (here / "teacher/unet").glob("*.safetensors")
+        index = {"metadata": {}, "weight_map": {"weight": name}}
+        (here / f"teacher/unet/{whole.name}.index.json").write_text(json.dumps(index))
+        whole.rename(whole.with_stem("other"))
+        return hostile.pickled(here / "teacher/unet" / name, mark)
+
+    return place
+
+
 def published(here: Path, mark: Path) -> Path:
     shutil.copytree(here / "base/unet", here / "lrm/unet")
     shutil.copytree(here / "base/text_encoder", here / "lrm/text_encoder")
@@ -133,6 +147,8 @@ PICKLES: dict[str, tuple[Place, tuple[str, ...], str]] = {  # what, the command,
     "unet": (in_place_of("teacher/unet", "diffusion_pytorch_model.bin"), SAMPLE, "is a pickle"),
     "vae": (in_place_of("teacher/vae", "diffusion_pytorch_model.bin"), TRAIN, "is a pickle"),
     "shards": (in_shards, SAMPLE, "is a pickle"),
+    "shard": (shard_named("evil.bin"), SAMPLE, "no .safetensors file beside it"),
+    "shard elsewhere": (shard_named("../evil.bin"), SAMPLE, "no .safetensors file beside it"),
     "variant": (
         in_place_of("teacher/text_encoder", "pytorch_model.fp16.bin"),
         with_(model__variant="fp16"),
@@ -478,6 +494,18 @@ def test_a_config_that_asks_for_a_trillion_numbers_is_refused_unbuilt(
 
 
 # ---- archives
+
+
+def test_names_of_templates_and_parts_lead_nowhere(here: Path) -> None:
+    """Parts of a pipeline and templates of a tokenizer become names of files when it is saved."""
+    named = [{"name": "../../../outside", "template": "x"}, {"name": "default", "template": "x"}]
+    hostile.edited(here / "teacher/tokenizer/tokenizer_config.json", chat_template=named)
+    kind = ["diffusers", "UNet2DConditionModel"]
+    hostile.edited(here / "teacher/model_index.json", **{"../../outside": kind})
+    (here / "in").mkdir()
+    with pytest.raises(ValueError, match="Invalid chat template name"):
+        load_pipeline(here / "teacher").pipeline.save_pretrained(here / "in/a/b")
+    assert not [p for p in everything(here.parent) if "outside" in p]
 
 
 def everything(root: Path) -> set[str]:

@@ -71,11 +71,19 @@ def refuse_unsafe(folder: Path) -> None:
             f"{folder} holds an adapter_config.json, an adapter inside a model, which may be a "
             "pickle; merge it into the weights, or give it as model.teacher_lora"
         )
+    for index in folder.glob("*.safetensors.index*.json"):
+        for shard in dict(read(index).get("weight_map") or {}).values():
+            if Path(str(shard)).name != shard or not shard.endswith(".safetensors"):
+                raise UserError(f"{index} names {shard!r}, which is no .safetensors file beside it")
+    refuse_config(f"{folder}/config.json", read(folder / "config.json"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object in a file; {} for what is none, which is told where it is loaded."""
     try:
-        config = dict(json.loads((folder / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError):  # told where it is loaded, if it is a network's
-        return
-    refuse_config(f"{folder}/config.json", config)
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def refuse_config(where: str, config: dict[str, Any]) -> None:
