@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	$(VENV)/bin/flashdmd demo --output-dir runs/demo
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/ruff format --check src tests benchmarks
 	$(VENV)/bin/mypy
+
+docs: $(READY)
+	$(VENV)/bin/flashdmd config schema > docs/recipe.schema.json
+	$(VENV)/bin/flashdmd config keys > docs/recipe.md
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache

@@ -9,12 +9,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src/flashdmd"
 LAYERS: list[set[str]] = [  # a module may import what stands in its own line or above
-    {"__init__", "errors", "files", "seeds", "schedule", "losses", "draws"},
+    {"__init__", "errors", "files", "plain", "seeds", "schedule", "losses", "draws"},
     {"sampler", "discriminator", "reward", "stopwatch", "memory", "augment", "distributed"},
     {"algorithm", "baselines"},
     {"optimizers"},
     {"config", "checkpoint", "data", "cache", "models", "emoji", "evaluate"},
-    {"trainer", "preferences"},
+    {"trainer", "preferences", "reference"},
     {"batches", "export", "report", "drawing", "reward_fit", "notfinite"},
     {"loading", "sources"},
     {"session", "best", "initial", "publish", "doctor"},

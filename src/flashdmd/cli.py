@@ -266,9 +266,17 @@ def config_schema() -> None:
     """The recipe's JSON schema."""
     import json
 
-    from flashdmd import config
+    from flashdmd import reference
 
-    typer.echo(json.dumps(config.schema(), indent=2))
+    typer.echo(json.dumps(reference.schema(), indent=2))
+
+
+@config_app.command("keys")
+def config_keys() -> None:
+    """Every key of a recipe in a table: what it takes, its default, its meaning."""
+    from flashdmd import reference
+
+    typer.echo(reference.page(), nl=False)
 
 
 def check_start(folder: Path | None, holds: tuple[str, ...] = NETWORKS) -> None:

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,22 +10,26 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails
 
+from flashdmd import plain
 from flashdmd.algorithm import Method, split
 from flashdmd.augment import Change
 from flashdmd.baselines import NUMBERS as DMD2
 from flashdmd.errors import UserError
+from flashdmd.plain import parse
 from flashdmd.schedule import STEPS
 
 Rate = Annotated[float, Field(ge=0)]
 Norm = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 HERE = Path(__file__).parent
@@ -59,7 +62,19 @@ ALIASES = {  # what other tools call it: its name here
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tuples(cls, content: Any) -> Any:
+        return tupled(content)
+
+
+def tupled(content: Any) -> Any:
+    """Lists, which are how YAML and JSON write tuples, as tuples."""
+    if isinstance(content, dict):
+        return {key: tupled(value) for key, value in content.items()}
+    return tuple(map(tupled, content)) if isinstance(content, list) else content
 
 
 class Model(Section):
@@ -67,7 +82,7 @@ class Model(Section):
     revision: str | None = None  # of the hub id
     variant: str | None = None  # of its files' names, such as fp16
     teacher_lora: str | None = None  # a LoRA that belongs to the teacher: folder, file, hub id
-    teacher_lora_scale: float = 1.0
+    teacher_lora_scale: float = 1.0  # of what teacher_lora adds
     pretrained_vae_model_name_or_path: str | None = None  # None: the pipeline's own
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of all that is frozen but the autoencoder
     vae_precision: Literal["fp32", "run"] = "fp32"  # run: as train.mixed_precision
@@ -89,7 +104,7 @@ class Model(Section):
 class Lora(Section):
     rank: Annotated[int, Field(ge=0)] = 0  # of student and score estimator; 0: full fine-tuning
     lora_alpha: Annotated[float, Field(gt=0)] | None = None  # None: as rank, a scale of 1
-    lora_layers: tuple[str, ...] | None = None  # names of layers that get one; None: the family's
+    lora_layers: Names | None = None  # names of layers that get one; None: the family's
 
 
 class Critic(Section):
@@ -106,18 +121,18 @@ class Data(Section):
     train_data_dir: str = "emoji"  # real pictures and captions (docs/data.md); teacher: its samples
     prompts: str | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
     image_column: str | None = None  # of a Hugging Face data set; None: guessed
-    caption_column: str | None = None
+    caption_column: str | None = None  # likewise
     resolution: Annotated[int, Field(ge=8)] | None = None  # pixels; None: the teacher's
-    aspect_ratio_buckets: bool = False
+    aspect_ratio_buckets: bool = False  # a batch of one shape, not all cut to squares
     teacher_samples: Count = 4096  # pictures, where train_data_dir is teacher
     cache_dir: str | None = None  # of embeddings, latents, teacher samples; None: output_dir/cache
     cache_text_embeddings: bool = False  # then the text encoders are let go
-    cache_latents: bool = False
+    cache_latents: bool = False  # of the real pictures; a picture is then always cut the same
 
 
 class Train(Section):
-    arm: Literal["flash-dmd", "dmd2"] = "flash-dmd"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    arm: Literal["flash-dmd", "dmd2"] = "flash-dmd"  # the method, or what it is compared with
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     max_train_steps: Annotated[int, Field(ge=0)] = 1000  # GENERATOR updates of stage 1 (paper: 1k)
     joint_train_steps: Annotated[int, Field(ge=0)] = 400  # generator updates of stage 2; 0: none
     stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
@@ -126,7 +141,7 @@ class Train(Section):
     gradient_accumulation_steps: Count = 1  # parts that a batch is worked through in
     gradient_checkpointing: bool = False  # of the networks that learn, decoder and backbone
     sharded: bool = False  # student, score estimator and teacher, over the processes (FSDP2)
-    use_8bit_adam: bool = False
+    use_8bit_adam: bool = False  # moments in 8 bits, of bitsandbytes
     learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL: SenseFlow's (DMD2: 5e-7)
     fake_score_learning_rate: Rate = 1e-6  # [DEF] psi: SenseFlow's
     discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights; 1e-5..1e-4
@@ -135,16 +150,16 @@ class Train(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # DMD2
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
     adam_weight_decay: Rate = 0.01  # DMD2
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8  # torch's
     max_grad_norm: Norm = 10.0  # of student and score estimator; DMD2, full fine-tuning
     discriminator_max_grad_norm: Norm = 1.0  # [DEF] heads: SenseFlow's
     preference_max_grad_norm: Norm = 1.0  # [DEF] G in stage 2: LPO's
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [DEF] student's (RTDMD); 0: none
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
-    seed: Seed = 0
+    seed: Seed = 0  # with the step it decides all that is drawn
     checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
-    checkpoints_total_limit: Count | None = 2  # None keeps all
+    checkpoints_total_limit: Count | None = 2  # the newest; None keeps all
     max_bad_iterations: Count = 3  # [DEF] in a row in which something is not finite; then it stops
     gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
 
@@ -178,11 +193,19 @@ LORA_DEFAULTS: dict[str, Any] = {  # of `train`, where lora.rank is not 0 and no
 class Validation(Section):
     prompts: tuple[str, ...] = ()  # shown in the report; none: some of those that are measured
     num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
-    teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50
+    teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50  # of the teacher beside it
     seed: Seed = 1234  # of the starting noise, the same for every arm
     best_metric: Literal["kid", "retrieval", "reward", "held_out_reward", "diversity"] | None = (
         None  # measured at every checkpoint, and the best one is kept; None: the newest alone
     )
+
+
+def as_mapping(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    """A strict dataclass would be accepted as an instance alone; its fields stay strict."""
+    schema = handler(source)
+    fields: Any = handler.resolve_ref_schema(schema)
+    fields["strict"] = False
+    return schema
 
 
 class Recipe(Section):
@@ -190,16 +213,18 @@ class Recipe(Section):
     lora: Lora = Lora()
     discriminator: Critic = Critic()
     data: Data = Data()
-    method: Method = Method()
+    method: Annotated[Method, GetPydanticSchema(as_mapping)] = Method()
     train: Train = Train()
     validation: Validation = Validation()
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/flashdmd"
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/flashdmd"  # of all that a run leaves
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, content: Any) -> Any:
         """What a method leaves out: the split of its steps, and under DMD2 that one's numbers."""
-        method = content.get("method", {}) if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            return content
+        method = content.get("method", {})
         if not isinstance(method, dict):
             return content
         steps = method.get("student_timesteps", Method.student_timesteps)
@@ -308,58 +333,21 @@ class Recipe(Section):
         return self
 
 
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "lora": Lora,
+    "discriminator": Critic,
+    "data": Data,
+    "method": Method,
+    "train": Train,
+    "validation": Validation,
+}
+
+
 def keys() -> dict[str, list[str]]:
     """Every valid key, section by section; `output_dir` stands alone."""
-    method = list(Method.__dataclass_fields__)
-    sections: dict[str, type[Section]] = {
-        "model": Model,
-        "lora": Lora,
-        "discriminator": Critic,
-        "data": Data,
-        "train": Train,
-        "validation": Validation,
-    }
-    found = {name: list(section.model_fields) for name, section in sections.items()}
-    return {**found, "method": method, "output_dir": []}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word")
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is given twice (line {line})"
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(  # YAML 1.2's truths: `no` is a word
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(  # YAML 1.2's floats: the dot is optional before an exponent
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse(text: str, where: str) -> Any:
-    """One YAML document. Raises UserError that names `where`."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f"{where} is not YAML: {' '.join(str(e).split())}") from e
+    found = {name: list(section.__annotations__) for name, section in SECTIONS.items()}
+    return {**found, "output_dir": []}
 
 
 def read(name: str, overrides: list[str], output_dir: Path | None = None) -> Recipe:
@@ -375,13 +363,7 @@ def load(path: Path, overrides: list[str]) -> Recipe:
 
     Raises UserError for a file that cannot be read, an unknown key or a value that does not fit.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8 text") from e
-    except OSError as e:
-        raise UserError(f"the recipe {path} cannot be read: {e.strerror or e}") from e
-    content = parse(text, str(path))
+    content = parse(plain.read(path, "the recipe"), str(path))
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a recipe is sections of keys")
@@ -456,7 +438,7 @@ def unknown(name: str, near: list[str], where: str, valid: dict[str, list[str]])
 
 def build(content: dict[str, Any], where: str) -> Recipe:
     """Validates a whole recipe; one line for each thing that is wrong."""
-    filled = {k: v for k, v in content.items() if v is not None}
+    filled = {k: v for k, v in content.items() if v is not None or k == "output_dir"}
     try:
         return Recipe.model_validate(filled)
     except ValidationError as e:
@@ -477,8 +459,3 @@ def dump(recipe: Recipe) -> str:
     content = json.loads(recipe.model_dump_json())
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return text
-
-
-def schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors."""
-    return TypeAdapter(Recipe).json_schema()

@@ -3,9 +3,7 @@
 What each key means is read from the comments beside the fields, so it is said in one place.
 """
 
-import inspect
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,23 +11,14 @@ from typing import Any
 import yaml
 
 from flashdmd import algorithm, config
-from flashdmd.config import Recipe
+from flashdmd.config import SECTIONS, Recipe
 from flashdmd.errors import UserError
 from flashdmd.models.families import Family
 from flashdmd.models.teacher import family_of, index_of, part_config
+from flashdmd.reference import comments
 
-FIELD = re.compile(r"^    (\w+): .*?(?:  # (.*))?$")
 PROMPTS = "prompts.txt"
 LORA_RANK = 64  # [DEF] LPO's and DMD2's for SDXL
-SECTIONS: dict[str, type] = {
-    "model": config.Model,
-    "lora": config.Lora,
-    "discriminator": config.Critic,
-    "data": config.Data,
-    "method": algorithm.Method,
-    "train": config.Train,
-    "validation": config.Validation,
-}
 
 
 def initial(model: str, full: bool = False) -> str:
@@ -103,12 +92,6 @@ def commented(recipe: Recipe) -> str:
             about = said.get(key, "").replace("None", "null")
             lines.append(f"{line:<48}  # {about}" if about else line)
     return "\n".join(lines) + "\n"
-
-
-def comments(section: type) -> dict[str, str]:
-    """Field by field, what stands beside it in the source."""
-    matches = map(FIELD.match, inspect.getsource(section).splitlines())
-    return {m[1]: m[2] for m in matches if m and m[2]}
 
 
 LORA_COMMENTS = {  # beside `config.LORA_DEFAULTS`

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flashdmd import checkpoint
-from flashdmd.config import describe, parse, unknown
+from flashdmd import checkpoint, plain
+from flashdmd.config import Section, describe, unknown
 from flashdmd.errors import Interrupted, UserError
 from flashdmd.files import alone_in, cut_torn_line, mend_all, stoppable, write_text
 from flashdmd.models.latent_reward import LRM, build, open_base, write
@@ -36,10 +36,8 @@ Rate = Annotated[float, Field(ge=0)]
 Time = Annotated[int, Field(ge=0, lt=STEPS)]
 
 
-class RewardRecipe(BaseModel):
+class RewardRecipe(Section):
     """LRM-XL's numbers, those of LPO's public configuration; in brackets LRM-1.5's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pretrained_model_name_or_path: str  # the base: a pipeline folder, or a name on the hub
     train_text_encoders: bool | None = None  # None: as LPO, CLIPs of SD and SDXL yes, SD3's no
@@ -94,17 +92,15 @@ class RewardRecipe(BaseModel):
 
 def read(path: Path, overrides: list[str]) -> RewardRecipe:
     """The recipe in a YAML file, `key=value` put in after it. Raises UserError."""
-    try:
-        content = parse(path.read_text(encoding="utf-8"), str(path)) or {}
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"the recipe {path} cannot be read: {e}") from e
+    content = plain.parse(plain.read(path, "the recipe"), str(path))
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a reward's recipe is keys")
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r} is not an override; write key=value")
-        content[name] = parse(text, f"the value of {override!r}")
+        content[name] = plain.parse(text, f"the value of {override!r}")
     known = list(RewardRecipe.model_fields)
     for name in content:
         if name not in known:
