@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashdmd import checkpoint, config, files, run
+from flashdmd import checkpoint, config, files, resuming, run
 from flashdmd.checkpoint import MANIFEST, damage, latest, prune
 from flashdmd.config import Recipe
 from flashdmd.errors import UserError
@@ -258,20 +258,20 @@ def test_what_a_run_goes_on_with_is_said_key_by_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files.write_text(tmp_path / "recipe.yaml", config.dump(recipe_in(tmp_path)))
-    assert not run.check_same(recipe_in(tmp_path))
+    assert not resuming.check_same(recipe_in(tmp_path))
     assert not caplog.records
     fine = [
         "train.learning_rate=1e-5", "train.gradient_accumulation_steps=2", "train.device=cpu",
         "train.gradient_checkpointing=true", "train.max_train_steps=200",
     ]  # fmt: skip
-    assert run.check_same(recipe_in(tmp_path, *fine)) == {x.partition("=")[0] for x in fine}
+    assert resuming.check_same(recipe_in(tmp_path, *fine)) == {x.partition("=")[0] for x in fine}
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(fine)
     assert "train.learning_rate: was 0.0001, is 1e-05: the run goes on with it" in said
     caplog.clear()
     other = ["train.train_batch_size=16", "method.beta=400", "train.learning_rate=1e-5"]
     with pytest.raises(UserError) as caught:
-        run.check_same(recipe_in(tmp_path, *other))
+        resuming.check_same(recipe_in(tmp_path, *other))
     assert str(caught.value).splitlines()[1:6] == [
         "  method.beta: was 500.0, is 400.0",
         "  train.train_batch_size: was 32, is 16",
@@ -365,6 +365,6 @@ def test_what_decides_the_data_may_not_change(tmp_path: Path) -> None:
         now = recipe_in(tmp_path, here, "validation.teacher_steps=7")
         if refused:
             with pytest.raises(UserError, match="teacher_steps: was 50, is 7"):
-                run.check_same(now)
+                resuming.check_same(now)
         else:
-            run.check_same(now)
+            resuming.check_same(now)

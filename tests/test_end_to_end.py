@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from flashdmd import checkpoint, cli, compare, config, drawing, run
+from flashdmd import checkpoint, cli, compare, config, drawing, resuming, run
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import reward as emoji_reward
@@ -314,7 +314,7 @@ def test_fewer_updates_than_were_made_are_refused(
 ) -> None:
     state = {"stage": stage, "updates": updates, "before": before}
     with pytest.raises(UserError, match=said):
-        run.check_progress(recipe(folders, folders["here"], family), state, set())
+        resuming.check_progress(recipe(folders, folders["here"], family), state, set())
 
 
 def test_steps_of_the_other_kind_of_teacher_are_refused_with_its_own(

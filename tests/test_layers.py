@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"trainer", "preferences", "reference"},
     {"batches", "export", "report", "drawing", "reward_fit", "notfinite"},
     {"loading", "sources"},
-    {"session", "best", "initial", "publish", "doctor"},
+    {"session", "resuming", "best", "initial", "publish", "doctor"},
     {"run"},
     {"compare"},
     {"cli", "__main__"},

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flashdmd import config, reward_fit, run
+from flashdmd import config, resuming, reward_fit, run
 from flashdmd.algorithm import cycle
 from flashdmd.config import Recipe
 from flashdmd.data import Drawn
@@ -137,7 +137,7 @@ def sized(name: str, here: Path, output: Path) -> Recipe:
     if shipped.discriminator.crop:
         changes.append(f"discriminator.crop={tiny_export.SIDE // 2}")
     recipe = config.read(name, changes)
-    before, now = run.flat(shipped), run.flat(recipe)
+    before, now = resuming.flat(shipped), resuming.flat(recipe)
     assert {key for key in before if before[key] != now[key]} <= MAY_DIFFER
     assert config.build(config.parse(config.dump(recipe), ""), "") == recipe
     return recipe

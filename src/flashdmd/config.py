@@ -30,6 +30,7 @@ Rate = Annotated[float, Field(ge=0)]
 Norm = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Metric = Literal["kid", "retrieval", "reward", "held_out_reward", "diversity"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 HERE = Path(__file__).parent
@@ -195,8 +196,8 @@ class Validation(Section):
     num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
     teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50  # of the teacher beside it
     seed: Seed = 1234  # of the starting noise, the same for every arm
-    best_metric: Literal["kid", "retrieval", "reward", "held_out_reward", "diversity"] | None = (
-        None  # measured at every checkpoint, and the best one is kept; None: the newest alone
+    best_metric: Metric | None = (
+        None  # measured at each checkpoint; the best is kept; None: none is
     )
 
 

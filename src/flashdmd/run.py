@@ -1,6 +1,5 @@
 """What the commands do: train through both stages, demo, sample, evaluate, report."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
 from flashdmd.publish import how_made
 from flashdmd.report.sheet import comparison, contact_sheet
+from flashdmd.resuming import check_first_student, check_progress, check_reference, check_same
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
@@ -40,7 +40,7 @@ from flashdmd.session import (
     versions,
     write_json,
 )
-from flashdmd.sources import EMOJI, OWN, open_source, prompts_of
+from flashdmd.sources import EMOJI, open_source, prompts_of
 from flashdmd.trainer import Trainer
 
 GUIDANCE, TEACHER_STEPS = 3.0, 50  # of a teacher, where nothing says otherwise
@@ -48,26 +48,6 @@ PICTURES = (".png", ".webp")
 REAL = "real pictures"
 COMPARED = 8  # prompts of comparison.png
 
-RATES = {  # a run that left the finite is gone on with at lower ones
-    "train.learning_rate",
-    "train.fake_score_learning_rate",
-    "train.discriminator_learning_rate",
-    "train.preference_learning_rate",
-    "train.stage2_learning_rate",
-    "train.max_grad_norm",
-    "train.discriminator_max_grad_norm",
-    "train.preference_max_grad_norm",
-}
-MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the run it goes on from
-    "train.max_train_steps",
-    "train.joint_train_steps",
-    "train.checkpointing_steps",
-    "train.checkpoints_total_limit",
-    "train.gradient_accumulation_steps",  # memory and machine: they decide no number but roundings
-    "train.gradient_checkpointing",
-    "train.device",
-    *(f"validation.{name}" for name in config.Validation.model_fields),
-}
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
     "metrics.jsonl", "validation.jsonl", "metrics.json", "data.json", "timing.json", "report.html",
     "samples", "student", "student-stage1",
@@ -143,91 +123,6 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
         )
 
 
-def check_first_student(point: Path) -> None:
-    """Raises UserError when the student that stage 2 is held to is not there."""
-    folder = point.parent / "student-stage1"
-    if export.notes_of(folder) is None:
-        raise UserError(
-            f"{point} is of stage 2, which is held to the student of stage 1, and {folder} is not "
-            "there; put it back, or give another output_dir"
-        )
-
-
-def check_reference(point: Path, was: str | None, now: str | None) -> None:
-    """Raises UserError when stage 2 would go on from another student of stage 1."""
-    if was != now:
-        raise UserError(
-            f"{point} is of stage 2, which is held to the student of stage 1, and "
-            f"{point.parent / 'student-stage1'} is another one than it was (fingerprint {now}, was "
-            f"{was}); put the one that was there back, or give another output_dir"
-        )
-
-
-def check_progress(recipe: Recipe, state: dict[str, Any], changed: set[str]) -> None:
-    """Raises UserError when what was done already is more, or other, than the recipe asks for.
-
-    `changed` are the keys that the recipe has otherwise than the run did.
-    """
-    train, folder, in_stage_1 = recipe.train, recipe.output_dir, state["stage"] == "distill"
-    first = state["updates" if in_stage_1 else "before"].get("generator", 0)
-    second = state["updates"].get("preference" if state["stage"] == "rl" else "generator", 0)
-    if in_stage_1:
-        second = 0
-    elif not train.joint_train_steps:
-        raise UserError(
-            f"train.joint_train_steps=0, but the run in {folder} is in stage 2; give a number of "
-            "updates, or another output_dir"
-        )
-    elif first != train.max_train_steps:
-        raise UserError(
-            f"train.max_train_steps={train.max_train_steps}, but the run in {folder} is in stage "
-            f"2, after {first} generator updates of stage 1; name that number, or give another "
-            "output_dir"
-        )
-    for name, asked, done in (
-        ("max_train_steps", train.max_train_steps, first),
-        ("joint_train_steps", train.joint_train_steps, second),
-    ):
-        if done > asked:
-            raise UserError(
-                f"train.{name}={asked}, but the run in {folder} has made {done} updates; name that "
-                "number or a larger one, or give another output_dir"
-            )
-    over = first == train.max_train_steps and second == train.joint_train_steps
-    if over and (late := sorted(changed & RATES)):
-        raise UserError(
-            f"the run in {folder} is finished, so {', '.join(late)} would change nothing; give "
-            "another output_dir, or ask for more updates"
-        )
-
-
-def check_same(recipe: Recipe) -> set[str]:
-    """The keys that the run in the folder had otherwise, all of which may change; the log says so.
-
-    Raises UserError when it is a run of another recipe.
-    """
-    known = Path(recipe.output_dir) / "recipe.yaml"
-    if not known.exists():
-        return set()
-    before, now = flat(config.load(known, [])), flat(recipe)
-    changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
-    changed -= {"output_dir"}
-    may = MAY_CHANGE
-    if recipe.data.train_data_dir == OWN:  # these are the data
-        may = may - {"validation.teacher_steps"}
-    said = {k: f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(changed)}
-    if refused := "".join(f"  {line}\n" for k, line in said.items() if k not in may):
-        fine = "".join(f"  {line}\n" for k, line in said.items() if k in may)
-        raise UserError(
-            f"{recipe.output_dir} holds a run of another recipe:\n{refused}"
-            + (f"with these it would go on:\n{fine}" if fine else "")
-            + "give another output_dir, or start over in this one: --no-resume of `flashdmd train`"
-        )
-    for line in said.values():
-        log.warning("%s: the run goes on with it", line)
-    return changed
-
-
 def prepare(recipe: Recipe, resume: bool) -> None:
     """Makes the run folder and writes down what is run, and with which versions."""
     output = Path(recipe.output_dir)
@@ -237,16 +132,6 @@ def prepare(recipe: Recipe, resume: bool) -> None:
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(output / "recipe.yaml", config.dump(recipe))
     write_json(output / "versions.json", versions())
-
-
-def flat(recipe: Recipe) -> dict[str, object]:
-    """Every key of a recipe by its dotted name."""
-    dumped = json.loads(recipe.model_dump_json())
-    return {
-        (f"{section}.{key}" if key else section): value
-        for section, content in dumped.items()
-        for key, value in (content.items() if isinstance(content, dict) else [("", content)])
-    }
 
 
 def write_student(session: Session, trainer: Trainer, name: str) -> Path:

@@ -1,0 +1,233 @@
+"""torchrun, `accelerate launch` and the launch files start runs of two processes that work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from processes import free_port
+from safetensors.torch import load_file
+
+from flashdmd import checkpoint, config, run
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tiny.score_folder(tmp_path_factory.mktemp("launch") / "teacher")
+    return made
+
+
+def recipe(teacher: Path, output: Path, **train: Any) -> Path:
+    """A short run of stage 1 on the embedded pictures."""
+    numbers = {
+        "train_batch_size": 4, "max_train_steps": 2, "joint_train_steps": 0, "device": "cpu",
+        "mixed_precision": "no", "gan_calibration_steps": [0, 1], "checkpointing_steps": 1,
+        "learning_rate": 1e-4, "fake_score_learning_rate": 1e-4, "adam_epsilon": 1e-3,
+    }  # fmt: skip
+    content = {
+        "model": {
+            "pretrained_model_name_or_path": str(teacher),
+            "reward_model_name_or_path": None,
+        },
+        "train": numbers | train,
+        "validation": {"num_prompts": 8, "teacher_steps": 2, "prompts": ["a cat", "a red apple"]},
+        "output_dir": str(output),
+    }
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join((str(BIN), os.environ["PATH"]))
+    lean = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": path}
+    ours = {"PYTHONPATH": str(ROOT / "src")}
+    return os.environ | lean | ours | more
+
+
+def start(command: list[str], **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, env=environment(**more), text=True, cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return said
+
+
+def torchrun(*words: str) -> list[str]:
+    return [
+        str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
+        "-m", "flashdmd", *words,
+    ]  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in told.split()]
+
+
+def iterations(output: Path) -> int:
+    log = output / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(done: Any, seconds: float = SECONDS) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+def test_a_run_whose_process_dies_stops_and_goes_on(teacher: Path, tmp_path: Path) -> None:
+    """One of two is killed: the other says so, soon; one process goes on from what they saved."""
+    output = tmp_path / "run"
+    process = start(torchrun("train", str(recipe(teacher, output, max_train_steps=500))))
+    wait_for(lambda: iterations(output) >= 5 or process.poll() is not None)
+    assert process.poll() is None, finished(process)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    killed = time.monotonic()
+    said = finished(process)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "another process of this run has ended" in said
+    newest = checkpoint.latest(output)
+    assert newest is not None
+    done = checkpoint.state_of(newest)["updates"]["generator"]
+    again = recipe(teacher, output, max_train_steps=done + 1)
+    run.train(config.read(str(again), []), progress=lambda *_: None)
+    assert iterations(output) == 2 * (done + 1)
+
+
+def test_sigterm_stops_all_and_saves(teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    long = {"max_train_steps": 500, "checkpointing_steps": 0}
+    process = start(torchrun("train", str(recipe(teacher, output, **long))))
+    wait_for(lambda: iterations(output) >= 3 or process.poll() is not None)
+    assert process.poll() is None, finished(process)
+    for child in children(process.pid):
+        os.kill(child, signal.SIGTERM)
+    said = finished(process)
+    assert said.count("saved in") >= 1
+    assert "exitcode  : 130" in said
+    newest = checkpoint.latest(output)
+    assert newest is not None
+    assert checkpoint.state_of(newest)["iteration"] == iterations(output)
+
+
+def standing_in(folder: Path, **programs: str) -> str:
+    """A PATH on which programs of a cluster are scripts that do here what those do there."""
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return os.pathsep.join((str(folder), str(BIN), os.environ["PATH"]))
+
+
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & all+=($!); done
+code=0
+for one in "${all[@]}"; do wait "$one" || code=$?; done
+exit $code
+"""
+
+
+def launched(file: str, two: Path, tmp_path: Path) -> tuple[list[subprocess.Popen[str]], str]:
+    """The processes of a launch file's own command, as its scheduler would start them."""
+    port = str(free_port())
+    given = {"RECIPE": str(two), "OVERRIDES": "train.max_train_steps=1"}
+    text = (ROOT / "launch" / file).read_text()
+    if file == "slurm.sbatch":
+        path = standing_in(tmp_path / "bin", srun=SRUN, scontrol="echo 127.0.0.1")
+        tasks = dict(SLURM_JOB_ID=port, SLURM_NTASKS="2", SLURM_JOB_NODELIST="here")
+        return [start(["bash", str(ROOT / "launch" / file)], PATH=path, **tasks, **given)], text
+    if file == "skypilot.yaml":
+        task = yaml.safe_load(text)
+        machines = {
+            "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "127.0.0.1",
+            "SKYPILOT_NUM_GPUS_PER_NODE": "2",
+        }  # fmt: skip
+        assert {"RECIPE", "OVERRIDES"} == task["envs"].keys()
+        command = task["run"].replace("29500", port)
+        return [start(["bash", "-c", command], **machines, **given)], text
+    service, job = yaml.safe_load_all(text)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    told = {one["name"]: one["value"] for one in container["env"]}
+    assert int(told["WORLD_SIZE"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    host = f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert (told["MASTER_ADDR"], service["metadata"]["name"]) == (host, pod["subdomain"])
+    here = told | given | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = container["command"] + container["args"]
+    return [start(command, **here, JOB_COMPLETION_INDEX=str(i)) for i in range(2)], text
+
+
+@pytest.mark.parametrize("file", ["slurm.sbatch", "skypilot.yaml", "kubernetes.yaml"])
+def test_a_launch_file_starts_a_run_of_two(file: str, teacher: Path, tmp_path: Path) -> None:
+    two = recipe(teacher, tmp_path / "run")
+    running, text = launched(file, two, tmp_path)
+    said = [finished(process) for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(said)
+    assert "".join(said).count("Report: ") == 1
+    assert iterations(tmp_path / "run") == 2
+    assert "flashdmd train" in text
+
+
+def test_accelerate_launches(teacher: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "two.png"
+    words = ["-m", "flashdmd", "sample", str(teacher), "a cat", "a dog", "--steps", "2"]
+    how = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    port = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    launch = [str(BIN / "accelerate"), "launch", *how, *port, *words]
+    process = start([*launch, "--output", str(picture)])
+    said = finished(process)
+    assert process.returncode == 0, said
+    assert said.count("Wrote ") == 1
+    alone = run.sample(str(teacher), ["a cat", "a dog"], 2, 0, None, tmp_path / "one.png")
+    assert picture.read_bytes() == alone.read_bytes()
+
+
+def test_what_is_for_one_process_is_refused_to_several() -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0"}
+    process = start([str(BIN / "flashdmd"), "export", "run", "--output", "there"], **given)
+    said = finished(process)
+    assert process.returncode == 2, said
+    assert "work for one process" in said or "MASTER_ADDR" in said
+
+
+def test_two_processes_train_measure_and_report(teacher: Path, tmp_path: Path) -> None:
+    alone, two = (recipe(teacher, tmp_path / name) for name in ("alone", "two"))
+    run.train(config.read(str(alone), []), progress=lambda *_: None)
+    process = start(torchrun("train", str(two)))
+    said = finished(process)
+    assert process.returncode == 0, said
+    output = tmp_path / "two"
+    assert said.count("Report: ") == 1
+    assert {p.name for p in output.iterdir()} >= {"report.html", "metrics.json", "student"}
+    arms = [row["arm"] for row in json.loads((output / "metrics.json").read_text())["rows"]]
+    assert arms == ["teacher-2", "teacher-4", "student-stage1"]
+    assert iterations(output) == iterations(tmp_path / "alone") == 4
+    name = "student/unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(tmp_path / of / name) for of in ("two", "alone"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, atol=1e-6, rtol=1e-4)
