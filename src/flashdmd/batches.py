@@ -1,6 +1,10 @@
-"""What an iteration consumes: batch n is a function of (seed, n), so resuming needs no cursor."""
+"""What an iteration consumes: batch n is a function of (seed, stage, n); resuming needs no cursor.
+
+Every process of a run draws the same batch, and opens and encodes its own rows of it alone.
+"""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -8,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdmd import draws
 from flashdmd.algorithm import Method, Update
 from flashdmd.cache import Latents
 from flashdmd.data.buckets import time_ids
-from flashdmd.data.source import Drawn
+from flashdmd.data.source import ALL, Drawn
 from flashdmd.emoji.world import SIZE, World
 from flashdmd.models.teacher import Teacher
 from flashdmd.sampler import Cond
@@ -23,8 +28,12 @@ Encoder = Callable[[list[str]], Cond]
 
 @runtime_checkable
 class Source(Protocol):
-    def draw(self, rng: np.random.Generator, n: int, pictures: bool = True) -> Drawn:
-        """`n` pictures of one size, if `pictures` are wanted, and what goes with them."""
+    def draw(
+        self, rng: np.random.Generator, n: int, pictures: bool = True, rows: slice = ALL
+    ) -> Drawn:
+        """`n` pictures of one size, if `pictures` are wanted, and what goes with them; of these
+        the `rows`. Whichever they are, `rng` is left the same.
+        """
 
 
 class EmojiSource:
@@ -34,12 +43,14 @@ class EmojiSource:
         self.world = World()
         self.indices = self.world.indices("train")
 
-    def draw(self, rng: np.random.Generator, n: int, pictures: bool = True) -> Drawn:
+    def draw(
+        self, rng: np.random.Generator, n: int, pictures: bool = True, rows: slice = ALL
+    ) -> Drawn:
         chosen = rng.choice(self.indices, size=n)
         captions = [self.world.caption(i, rng) for i in chosen]
-        images = np.stack([self.world.render(i, rng) for i in chosen]) if pictures else None
-        whole = np.array([(SIZE, SIZE)] * n)
-        return Drawn(images, captions, chosen, (SIZE, SIZE), time_ids(whole, (SIZE, SIZE)))
+        images = np.stack([self.world.render(i, rng) for i in chosen])[rows] if pictures else None
+        ids = time_ids(np.array([(SIZE, SIZE)] * n), (SIZE, SIZE))
+        return Drawn(images, captions[rows], chosen[rows], (SIZE, SIZE), ids[rows])
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,11 @@ class Batches:
     teacher: Teacher
     source: Source
     method: Method
-    size: int
+    size: int  # of all processes together
     seed: int
-    preferring: int = 32  # the size in preference updates
-    rank: int = 0
+    preferring: int = 32  # the size in preference updates, of all together
+    rank: int = 0  # which rows are this process's
+    ranks: int = 1
     prompts: tuple[str, ...] = ()
     reward_encoder: Encoder | None = None
     stage: str = "distill"  # each draws batches of its own
@@ -65,20 +77,25 @@ class Batches:
     parts: int = 1  # pictures go through the autoencoder in so many parts
 
     def __call__(self, n: int, updates: tuple[Update, ...]) -> Batch:
-        """What these updates of iteration `n` need, and no more."""
-        rng = np.random.default_rng(seed_of(self.seed, self.stage, "batch", n, self.rank))
+        """What these updates of iteration `n` need, and no more: this process's rows."""
+        rng = np.random.default_rng(seed_of(self.seed, self.stage, "batch", n, 0))
         looks = not {"score", "discriminator"}.isdisjoint(updates)
         size = self.preferring if updates == ("preference",) else self.size
-        drawn = self.source.draw(rng, size, pictures=looks and self.latents is None)
+        assert size % self.ranks == 0
+        share = size // self.ranks
+        rows = slice(self.rank * share, (self.rank + 1) * share)
+        drawn = self.source.draw(rng, size, pictures=looks and self.latents is None, rows=rows)
         captions, sizes = drawn.captions, torch.from_numpy(drawn.time_ids).float()
         if self.prompts:
-            captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=size)]
+            chosen = rng.integers(len(self.prompts), size=size)[rows]
+            captions = [self.prompts[i] for i in chosen]
             height, width = drawn.shape  # a whole picture of that size, as when it is used
-            sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]]).expand(size, 6)
+            sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]]).expand(share, 6)
         encode = self.reward_encoder if "preference" in updates else None
         device = self.teacher.device
+        noise = torch.randn(size, *self.teacher.latent_shape_of(*drawn.shape))
         return Batch(
-            noise=torch.randn(size, *self.teacher.latent_shape_of(*drawn.shape)).to(device),
+            noise=noise[rows].to(device),
             cond=self.teacher.encode_prompts(captions, sizes),
             reward_cond={k: v.to(device) for k, v in encode(captions).items()} if encode else {},
             **(self.reals(drawn) if looks else {}),
@@ -98,8 +115,17 @@ class Batches:
             latents = self.latents(drawn.indices).to(device)
         if self.in_latents:
             return {"real_latents": latents}
-        decode = self.decode or self.teacher.decode
-        return {"real": torch.cat([decode(z) for z in latents.split(at_once)])}
+        return {"real": self.decoded(latents.split(at_once))}
+
+    def decoded(self, chunks: tuple[Tensor, ...]) -> Tensor:
+        """Each with its rows of the same draws, as the student's are."""
+        decode, found = self.decode or self.teacher.decode, []
+        first, of = self.rank * len(chunks), self.ranks * len(chunks)
+        for i, latents in enumerate(chunks):
+            again = draws.rewound(latents.device.type) if i + 1 < len(chunks) else nullcontext()
+            with again, draws.part(first + i, of):
+                found.append(decode(latents))
+        return torch.cat(found)
 
 
 def as_tensor(pictures: np.ndarray) -> Tensor:

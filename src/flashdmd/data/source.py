@@ -1,6 +1,7 @@
 """Draws of pictures and captions: a batch is of one bucket and a function of its generator."""
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from flashdmd.data.listing import MOST_LEFT_OUT, Report
 from flashdmd.data.pictures import cropped
 from flashdmd.errors import UserError
 
+ALL = slice(None)
 TRIES = 64  # pictures drawn in the place of one, before it is the disk that is broken
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ class PictureSource:
     """Pictures of a catalogue, each scaled and cut to the bucket whose shape is nearest.
 
     What cannot be read any more while training is told once, and another picture of the same
-    bucket drawn in its place: a function of the generator too, as long as the same ones fail.
+    bucket drawn in its place: a function of the generator and the row, as long as the same ones
+    fail, that moves nothing else.
     """
 
     catalogue: Catalogue
@@ -69,19 +72,26 @@ class PictureSource:
         drawn = self.draw(rng, n, pictures)
         return drawn.pictures, drawn.captions
 
-    def draw(self, rng: np.random.Generator, n: int, pictures: bool = True) -> Drawn:
-        """`n` pictures of one bucket, each as likely as the others; see `Drawn`.
+    def draw(
+        self,
+        rng: np.random.Generator,
+        n: int,
+        pictures: bool = True,
+        rows: slice = ALL,
+    ) -> Drawn:
+        """`n` pictures of one bucket, each as likely as the others, or these `rows` of them; see
+        `Drawn`.
 
-        The bucket is the same whether or not `pictures` are wanted. Raises UserError when one
-        picture after the other cannot be read.
+        The bucket is the same whether or not `pictures` are wanted, and `rng` is left the same
+        whichever rows are. Raises UserError when one picture after the other cannot be read.
         """
         ends = np.cumsum([len(m) for m in self.members])
         chosen = int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
         members, shape = self.members[chosen], self.buckets[chosen]
-        indices = members[rng.integers(len(members), size=n)]
-        images = None
+        indices, images = members[rng.integers(len(members), size=n)][rows], None
         if pictures:
-            images, indices = self.read(indices, shape, rng, members)
+            instead = np.array(rng.spawn(n), dtype=object)[rows]  # of each row: this moves no rng
+            images, indices = self.read(indices, shape, instead, members)
         captions = [self.catalogue.caption(i) for i in indices.tolist()]
         ids = time_ids(self.catalogue.sizes[indices], shape)
         return Drawn(images, captions, indices, shape, ids)
@@ -90,14 +100,15 @@ class PictureSource:
         self,
         indices: Int[np.ndarray, "n"],
         shape: Shape,
-        rng: np.random.Generator,
+        instead: Iterable[np.random.Generator],
         members: Int[np.ndarray, "_"],
     ) -> tuple[UInt8[np.ndarray, "n 3 H W"], Int[np.ndarray, "n"]]:
         """The pictures at `indices`; others for those that fail, of `members` if any can be read,
-        else of the whole catalogue; and at which indices these are.
+        else of the whole catalogue, drawn `instead`; and at which indices these are.
         """
         images, found = [], []
-        for i, picture in zip(indices.tolist(), self.attempts(indices, shape), strict=True):
+        attempts = self.attempts(indices, shape)
+        for i, picture, rng in zip(indices.tolist(), attempts, instead, strict=True):
             tries = 0
             while isinstance(picture, str):
                 self.tell(i, picture)
