@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs audit clean
 
 demo: $(READY)
 	$(VENV)/bin/flashdmd demo --output-dir runs/demo
@@ -22,9 +22,14 @@ lint: $(READY)
 docs: $(READY)
 	$(VENV)/bin/flashdmd config schema > docs/recipe.schema.json
 	$(VENV)/bin/flashdmd config keys > docs/recipe.md
+# Known vulnerabilities of the pinned packages; needs the network. What docs/security.md explains passes.
+audit:
+	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	.audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt -r requirements-quant.txt \
+		$$(sed -n 's/^| \(\(CVE\|PYSEC\|GHSA\)-[^ ]*\) .*/--ignore-vuln \1/p' docs/security.md)
 
 clean:
-	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .audit runs/demo .pytest_cache .ruff_cache .mypy_cache
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=...")'

@@ -1,12 +1,16 @@
 """What the source of the package never does, read from its syntax; exceptions have names."""
 
 import ast
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src/flashdmd"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/flashdmd"
+DOCS = (ROOT / "docs/security.md").read_text()
 FILES = sorted(SOURCE.rglob("*.py"))
 
 RUN_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
@@ -112,3 +116,35 @@ def test_the_yaml_loader_is_a_safe_one() -> None:
     assert issubclass(_Loader, yaml.SafeLoader)
     with pytest.raises(UserError, match="could not determine a constructor"):
         parse("!!python/object/apply:os.mkdir [pwned]", "it")
+
+
+def test_the_audit_is_strict_and_passes_over_what_is_explained_alone() -> None:
+    """Not strict, pip-audit finds nothing wrong with what it could not ask about."""
+    made = subprocess.run(["make", "-n", "audit"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    recipe = made.stdout.replace("\\\n", "")
+    (asked,) = [line for line in recipe.splitlines() if line.startswith(".audit/bin/pip-audit ")]
+    said = subprocess.run(["sh", "-c", f"echo {asked}"], cwd=ROOT, capture_output=True, text=True)
+    words = said.stdout.split()
+    assert "--strict" in words
+    assert {"requirements.txt", "requirements-quant.txt"} <= set(words)
+    passed = [words[i + 1] for i, word in enumerate(words) if word == "--ignore-vuln"]
+    rows = re.findall(r"^\| ((?:CVE|PYSEC|GHSA)\S+) \| (.+) \|$", DOCS, flags=re.MULTILINE)
+    assert passed == [name for name, _ in rows]
+    assert all(len(why) > 40 for _, why in rows)
+
+
+def test_the_docs_name_tests_that_are_there() -> None:
+    there = {
+        f"{path.name}::{node.name}"
+        for path in Path(__file__).parent.glob("test_safety*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    file, named = "", set()
+    for found, test in re.findall(r"`(test_safety\w*\.py)?(?:::)?(test_\w+)?[^`]*`", DOCS):
+        file = found or file
+        if test:
+            named.add(f"{file}::{test}")
+    assert len(named) >= 18
+    assert named <= there, named - there

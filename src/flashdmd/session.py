@@ -113,6 +113,8 @@ class Session:
             recipe.train.train_batch_size,
             recipe.train.seed,
             preferring=recipe.train.preference_batch_size,
+            rank=distributed.rank(),
+            ranks=distributed.ranks(),
             prompts=self.prompts,
             reward_encoder=reward.encode_prompts if reward else None,
             stage=stage,
@@ -121,11 +123,10 @@ class Session:
             latents=self.latents,
             parts=recipe.train.gradient_accumulation_steps,
         )
-        rank, ranks = distributed.rank(), distributed.ranks()
         return Trainer(
             algorithm,
             order,
-            lambda n, updates: batches(n, updates).split(ranks)[rank],
+            batches,
             self.learners_of(stage),
             seed=recipe.train.seed,
             precision=torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None,
@@ -184,6 +185,7 @@ def cropped(latents: Float[Tensor, "B C h w"], side: int) -> Float[Tensor, "B C 
 
 def open_session(recipe: Recipe) -> Session:
     """Loads all that a run needs, so that what is missing is missed now, and builds what learns."""
+    check_shares(recipe)
     torch.manual_seed(recipe.train.seed)
     prompts = prompts_of(recipe)
     teacher = teacher_of(recipe)
@@ -252,6 +254,18 @@ def open_session(recipe: Recipe) -> Session:
     if reward:
         session.stopwatch.attach(reward.network, "reward")
     return session
+
+
+def check_shares(recipe: Recipe) -> None:
+    """Raises UserError for batches that the processes of this run cannot share equally."""
+    train, ranks = recipe.train, distributed.ranks()
+    for name in ("train_batch_size", "preference_batch_size"):
+        if (size := getattr(train, name)) % (ranks * train.gradient_accumulation_steps):
+            raise UserError(
+                f"train.{name}={size} is the batch of all processes together, and {ranks} of them "
+                f"in gradient_accumulation_steps={train.gradient_accumulation_steps} parts each "
+                "cannot share it equally; give a multiple of both, or another number of processes"
+            )
 
 
 class Learning(NamedTuple):
