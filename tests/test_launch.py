@@ -21,6 +21,7 @@ from flashdmd import checkpoint, config, run
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SECONDS = 240
+ENDLESS = {"max_train_steps": 10**6, "checkpointing_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +74,11 @@ def finished(process: subprocess.Popen[str]) -> str:
     return said
 
 
-def torchrun(*words: str) -> list[str]:
-    return [
-        str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
-        "-m", "flashdmd", *words,
-    ]  # fmt: skip
-
-
-def children(pid: int) -> list[int]:
+def tasks(pid: int) -> list[int]:
+    """The processes below one that have none below them."""
     told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in told.split()]
+    below = [int(child) for child in told.split()]
+    return [task for child in below for task in tasks(child)] if below else [pid]
 
 
 def iterations(output: Path) -> int:
@@ -95,43 +91,6 @@ def wait_for(done: Any, seconds: float = SECONDS) -> None:
     while not done():
         assert time.monotonic() < until, "it takes too long"
         time.sleep(0.05)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
-def test_a_run_whose_process_dies_stops_and_goes_on(teacher: Path, tmp_path: Path) -> None:
-    """One of two is killed: the other says so, soon; one process goes on from what they saved."""
-    output = tmp_path / "run"
-    process = start(torchrun("train", str(recipe(teacher, output, max_train_steps=500))))
-    wait_for(lambda: iterations(output) >= 5 or process.poll() is not None)
-    assert process.poll() is None, finished(process)
-    os.kill(max(children(process.pid)), signal.SIGKILL)
-    killed = time.monotonic()
-    said = finished(process)
-    assert time.monotonic() - killed < 60
-    assert process.returncode != 0
-    assert "another process of this run has ended" in said
-    newest = checkpoint.latest(output)
-    assert newest is not None
-    done = checkpoint.state_of(newest)["updates"]["generator"]
-    again = recipe(teacher, output, max_train_steps=done + 1)
-    run.train(config.read(str(again), []), progress=lambda *_: None)
-    assert iterations(output) == 2 * (done + 1)
-
-
-def test_sigterm_stops_all_and_saves(teacher: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    long = {"max_train_steps": 500, "checkpointing_steps": 0}
-    process = start(torchrun("train", str(recipe(teacher, output, **long))))
-    wait_for(lambda: iterations(output) >= 3 or process.poll() is not None)
-    assert process.poll() is None, finished(process)
-    for child in children(process.pid):
-        os.kill(child, signal.SIGTERM)
-    said = finished(process)
-    assert said.count("saved in") >= 1
-    assert "exitcode  : 130" in said
-    newest = checkpoint.latest(output)
-    assert newest is not None
-    assert checkpoint.state_of(newest)["iteration"] == iterations(output)
 
 
 def standing_in(folder: Path, **programs: str) -> str:
@@ -152,45 +111,98 @@ exit $code
 """
 
 
-def launched(file: str, two: Path, tmp_path: Path) -> tuple[list[subprocess.Popen[str]], str]:
-    """The processes of a launch file's own command, as its scheduler would start them."""
-    port = str(free_port())
-    given = {"RECIPE": str(two), "OVERRIDES": "train.max_train_steps=1"}
-    text = (ROOT / "launch" / file).read_text()
-    if file == "slurm.sbatch":
-        path = standing_in(tmp_path / "bin", srun=SRUN, scontrol="echo 127.0.0.1")
-        tasks = dict(SLURM_JOB_ID=port, SLURM_NTASKS="2", SLURM_JOB_NODELIST="here")
-        return [start(["bash", str(ROOT / "launch" / file)], PATH=path, **tasks, **given)], text
-    if file == "skypilot.yaml":
-        task = yaml.safe_load(text)
-        machines = {
-            "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "127.0.0.1",
-            "SKYPILOT_NUM_GPUS_PER_NODE": "2",
-        }  # fmt: skip
-        assert {"RECIPE", "OVERRIDES"} == task["envs"].keys()
-        command = task["run"].replace("29500", port)
-        return [start(["bash", "-c", command], **machines, **given)], text
-    service, job = yaml.safe_load_all(text)
+def by_torchrun(two: Path) -> subprocess.Popen[str]:
+    """The command of skypilot.yaml, where SkyPilot would start it."""
+    task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    assert {"RECIPE", "OVERRIDES"} == task["envs"].keys()
+    machines = {
+        "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "127.0.0.1",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "2", "RECIPE": str(two), "OVERRIDES": "",
+    }  # fmt: skip
+    return start(["bash", "-c", task["run"].replace("29500", str(free_port()))], **machines)
+
+
+def by_slurm(two: Path, folder: Path) -> subprocess.Popen[str]:
+    """slurm.sbatch, with stand-ins for the programs of a cluster; what scontrol is asked is kept."""
+    asked = folder / "scontrol.log"
+    path = standing_in(folder / "bin", srun=SRUN, scontrol=f'echo "$@" >> {asked}; echo 127.0.0.1')
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here"}
+    given = {"PATH": path, "RECIPE": str(two), "OVERRIDES": "train.seed=1"}
+    return start(["bash", str(ROOT / "launch/slurm.sbatch")], **job, **given)
+
+
+def by_kubernetes(two: Path) -> list[subprocess.Popen[str]]:
+    """Both pods of kubernetes.yaml."""
+    service, job = yaml.safe_load_all((ROOT / "launch/kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     told = {one["name"]: one["value"] for one in container["env"]}
     assert int(told["WORLD_SIZE"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     host = f"{job['metadata']['name']}-0.{pod['subdomain']}"
     assert (told["MASTER_ADDR"], service["metadata"]["name"]) == (host, pod["subdomain"])
-    here = told | given | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    given = told | here | {"RECIPE": str(two), "OVERRIDES": ""}
     command = container["command"] + container["args"]
-    return [start(command, **here, JOB_COMPLETION_INDEX=str(i)) for i in range(2)], text
+    return [start(command, **given, JOB_COMPLETION_INDEX=str(i)) for i in range(2)]
 
 
-@pytest.mark.parametrize("file", ["slurm.sbatch", "skypilot.yaml", "kubernetes.yaml"])
-def test_a_launch_file_starts_a_run_of_two(file: str, teacher: Path, tmp_path: Path) -> None:
-    two = recipe(teacher, tmp_path / "run")
-    running, text = launched(file, two, tmp_path)
-    said = [finished(process) for process in running]
-    assert all(process.returncode == 0 for process in running), "\n".join(said)
-    assert "".join(said).count("Report: ") == 1
-    assert iterations(tmp_path / "run") == 2
-    assert "flashdmd train" in text
+def test_two_processes_train_measure_and_report(teacher: Path, tmp_path: Path) -> None:
+    alone, two = (recipe(teacher, tmp_path / name) for name in ("alone", "two"))
+    process = by_torchrun(two)
+    run.train(config.read(str(alone), []), progress=lambda *_: None)
+    said = finished(process)
+    assert process.returncode == 0, said
+    output = tmp_path / "two"
+    assert said.count("Report: ") == 1
+    assert {p.name for p in output.iterdir()} >= {"report.html", "metrics.json", "student"}
+    arms = [row["arm"] for row in json.loads((output / "metrics.json").read_text())["rows"]]
+    assert arms == ["teacher-2", "teacher-4", "student-stage1"]
+    assert iterations(output) == iterations(tmp_path / "alone") == 4
+    name = "student/unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(tmp_path / of / name) for of in ("two", "alone"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, atol=1e-6, rtol=1e-4)
+
+
+def test_a_job_that_is_told_to_stop_saves_and_is_queued_again(
+    teacher: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    process = by_slurm(recipe(teacher, output, **ENDLESS), tmp_path)
+    wait_for(lambda: iterations(output) >= 3 or process.poll() is not None)
+    assert process.poll() is None, finished(process)
+    for task in tasks(process.pid):  # as --signal=TERM does
+        os.kill(task, signal.SIGTERM)
+    said = finished(process)
+    assert process.returncode == 130, said
+    assert "saved in" in said
+    newest = checkpoint.latest(output)
+    assert newest is not None
+    assert checkpoint.state_of(newest)["iteration"] == iterations(output)
+    assert config.load(output / "recipe.yaml", []).train.seed == 1
+    asked = (tmp_path / "scontrol.log").read_text().splitlines()
+    assert [line.split()[0] for line in asked] == ["show", "requeue"]
+
+
+def test_a_process_that_dies_ends_the_others(teacher: Path, tmp_path: Path) -> None:
+    """The other says so, soon; one process goes on from what they saved."""
+    output = tmp_path / "run"
+    first, second = by_kubernetes(recipe(teacher, output, **ENDLESS | {"checkpointing_steps": 1}))
+    wait_for(lambda: iterations(output) >= 5 or first.poll() is not None)
+    assert first.poll() is None, finished(first)
+    os.kill(second.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    said = finished(first)
+    assert time.monotonic() - killed < 60
+    assert first.returncode == 75, said
+    assert "another process of this run has ended" in said
+    finished(second)
+    newest = checkpoint.latest(output)
+    assert newest is not None
+    done = checkpoint.state_of(newest)["updates"]["generator"]
+    again = recipe(teacher, output, max_train_steps=done + 1)
+    run.train(config.read(str(again), []), progress=lambda *_: None)
+    assert iterations(output) == 2 * (done + 1)
 
 
 def test_accelerate_launches(teacher: Path, tmp_path: Path) -> None:
@@ -212,22 +224,4 @@ def test_what_is_for_one_process_is_refused_to_several() -> None:
     process = start([str(BIN / "flashdmd"), "export", "run", "--output", "there"], **given)
     said = finished(process)
     assert process.returncode == 2, said
-    assert "work for one process" in said or "MASTER_ADDR" in said
-
-
-def test_two_processes_train_measure_and_report(teacher: Path, tmp_path: Path) -> None:
-    alone, two = (recipe(teacher, tmp_path / name) for name in ("alone", "two"))
-    run.train(config.read(str(alone), []), progress=lambda *_: None)
-    process = start(torchrun("train", str(two)))
-    said = finished(process)
-    assert process.returncode == 0, said
-    output = tmp_path / "two"
-    assert said.count("Report: ") == 1
-    assert {p.name for p in output.iterdir()} >= {"report.html", "metrics.json", "student"}
-    arms = [row["arm"] for row in json.loads((output / "metrics.json").read_text())["rows"]]
-    assert arms == ["teacher-2", "teacher-4", "student-stage1"]
-    assert iterations(output) == iterations(tmp_path / "alone") == 4
-    name = "student/unet/diffusion_pytorch_model.safetensors"
-    ours, theirs = (load_file(tmp_path / of / name) for of in ("two", "alone"))
-    for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, atol=1e-6, rtol=1e-4)
+    assert "process 0: export is work for one process" in said

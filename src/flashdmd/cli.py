@@ -49,17 +49,12 @@ def show_version(wanted: bool | None) -> None:
 
 @app.callback()
 def root(
-    context: typer.Context,
     show: Annotated[
         bool | None,
         typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
     ] = None,
 ) -> None:
-    if several() and context.invoked_subcommand not in SHARED:
-        raise UserError(
-            f"{context.invoked_subcommand} is work for one process; started as several are "
-            f"{', '.join(SHARED)}"
-        )
+    pass
 
 
 @app.command()
@@ -443,6 +438,18 @@ def main() -> None:
             "goes on from there",
             2,
         )
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        told = str(e).partition("\n")[0] or "MemoryError"
+        fail(
+            f"out of memory ({told}). What was saved before is intact; {again} goes on from there "
+            "with more of train.gradient_accumulation_steps (the numbers stay the same), or "
+            "train.gradient_checkpointing=true. A new run may have a smaller "
+            "train.train_batch_size, a lora.rank, train.use_8bit_adam, or several processes with "
+            "train.sharded=true; `flashdmd doctor RECIPE` tells what each needs",
+            2,
+        )
     except OSError as e:
         if e.errno not in OUTSIDE:
             raise
@@ -462,6 +469,11 @@ def company() -> Iterator[None]:
     if not several():
         yield
         return
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "help")
+    if command not in SHARED:
+        raise UserError(
+            f"{command} is work for one process; started as several are {', '.join(SHARED)}"
+        )
     from flashdmd import distributed
 
     with distributed.joined():
@@ -479,6 +491,12 @@ def company() -> Iterator[None]:
                 "the same command goes on from there",
                 75,
             )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error is of this class; the processor's allocator tells it in words."""
+    told = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in told)
 
 
 def interrupt(*_: object) -> None:

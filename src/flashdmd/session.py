@@ -370,7 +370,8 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
                 in_a_row, most = trainer.state.bad_in_a_row, train.max_bad_iterations
                 notfinite.keep(trainer.bad, output / "not-finite", in_a_row, most)
             every, ends = train.checkpointing_steps, done >= target
-            due = trainer.at_boundary and (ends or (every and done % every == 0))
+            well = trainer.state.bad_in_a_row == 0  # else an earlier checkpoint is the better one
+            due = trainer.at_boundary and (ends or (well and every and done % every == 0))
             stop = distributed.any_of(asked())
             if due or stop:
                 save(session, trainer, measured=bool(due))
