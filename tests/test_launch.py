@@ -123,7 +123,7 @@ def by_torchrun(two: Path) -> subprocess.Popen[str]:
 
 
 def by_slurm(two: Path, folder: Path) -> subprocess.Popen[str]:
-    """slurm.sbatch, with stand-ins for the programs of a cluster; what scontrol is asked is kept."""
+    """slurm.sbatch, with stand-ins for a cluster's programs; what scontrol is asked is kept."""
     asked = folder / "scontrol.log"
     path = standing_in(folder / "bin", srun=SRUN, scontrol=f'echo "$@" >> {asked}; echo 127.0.0.1')
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here"}

@@ -196,9 +196,7 @@ class Validation(Section):
     num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
     teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50  # of the teacher beside it
     seed: Seed = 1234  # of the starting noise, the same for every arm
-    best_metric: Metric | None = (
-        None  # measured at each checkpoint; the best is kept; None: none is
-    )
+    best_metric: Metric | None = None  # measured at each checkpoint, the best is kept; None: no
 
 
 def as_mapping(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
