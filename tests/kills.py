@@ -32,11 +32,12 @@ SMALL = (
 TINY = (*SMALL, "method.student_timesteps=[999, 499]", "validation.num_prompts=8")
 BOTH = ("train.max_train_steps=2", "train.joint_train_steps=2")
 VARIANTS: dict[str, tuple[str, ...]] = {  # beside the tiny teacher, but for the last
-    "stage 1": (*TINY, "train.max_train_steps=5", "train.joint_train_steps=0"),
+    "stage 1": (*TINY, "train.max_train_steps=3", "train.joint_train_steps=0"),
     "both stages": (*TINY, *BOTH),
-    "accumulation": (*TINY, *BOTH, "train.gradient_accumulation_steps=2"),
-    # a scale that does not divide out; no average, so the student is the generator
-    "LoRA": (*TINY, *BOTH, "lora.rank=4", "lora.lora_alpha=2.8"),
+    "accumulation": (*TINY, *BOTH, "method.ttur=1", "train.gradient_accumulation_steps=2"),
+    # a scale that does not divide out
+    "LoRA": (*TINY, *BOTH, "method.ttur=1", "lora.rank=4", "lora.lora_alpha=2.8"),
+    # the student is the generator
     "no average": (*TINY, *BOTH, "train.ema_decay=0"),
     "best by metric": (*TINY, *BOTH, "validation.best_metric=kid"),
     "embedded default": (

@@ -198,9 +198,11 @@ def test_one_file_is_enough_for_a_page_that_names_the_others(run, tmp_path, part
     assert all(sentence in text for sentence in missing)
 
 
-def test_a_run_stopped_in_stage_1_gives_a_page(tmp_path):
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_run_stopped_in_stage_1_gives_a_page(tmp_path, first):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    lines = [json.dumps(line) for line in training_log(60, 0)]
+    log = training_log(60, 0)
+    lines = [json.dumps(line | {"iteration": line["iteration"] + first}) for line in log]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 60, "hin')
     text = Page(write(tmp_path)).text
     assert "Stage 2 (reinforcement learning) has not run." in text

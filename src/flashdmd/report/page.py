@@ -354,7 +354,7 @@ def updates(run: Run) -> str:
     last = {
         key: number(r, key) for r in run.log for key in ("generator_updates", "images") if key in r
     }
-    said = [f"{run.log[-1]['x'] + 1:,} iterations"]
+    said = [f"{run.log[-1]['x'] - run.log[0]['x'] + 1:,} iterations"]
     if last.get("generator_updates") is not None:
         said.append(f"{last['generator_updates']:,.0f} generator updates")
     if last.get("images") is not None:
