@@ -545,7 +545,8 @@ def test_tars_write_nothing_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert everything(tmp_path) == before
     for member in MEMBERS:
         hostile.tarred(work / "x.tar", {}, [member])
-        with pytest.raises(UserError, match=r"x\.tar.* holds no|cannot be used"):
+        said = "cannot be used" if member[1] == tarfile.REGTYPE else "a link or a device"
+        with pytest.raises(UserError, match=rf"x\.tar.* holds no|{said}"):
             open_data(str(work / "x.tar"), 16)
         assert everything(tmp_path) == before
     assert not Path("/tmp/flashdmd-outside.png").exists()
@@ -602,6 +603,17 @@ def test_a_link_that_waits_under_the_name_of_what_is_written_is_not_followed(
     write_text(tmp_path / "notes.json", "{}")
     assert mine.read_text() == "precious"
     assert (tmp_path / "notes.json").read_text() == "{}"
+
+    def quick(path: Path, missing_ok: bool = False) -> None:
+        """Whoever waits puts the link there anew."""
+        os.path.lexists(path) and os.unlink(path)
+        path.symlink_to(mine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", quick)
+        with pytest.raises(FileExistsError):
+            write_text(tmp_path / "notes.json", "{}")
+    assert mine.read_text() == "precious"
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
