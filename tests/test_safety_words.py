@@ -169,5 +169,5 @@ def parted(card: str) -> tuple[str, str, str]:
 
 def test_a_card_names_a_base_that_is_elsewhere_by_its_name_alone(teacher: Teacher) -> None:
     for lora in ("", "lora.safetensors"):
-        assert "/home" not in card_of(teacher, "/home/somebody/models/sd15", "student", lora)
+        assert "/srv" not in card_of(teacher, "/srv/somebody/models/sd15", "student", lora)
         assert "acme/sd15" in card_of(teacher, "acme/sd15", "student", lora)

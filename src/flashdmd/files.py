@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     A folder that it made and that nothing was written to does not stay. Raises UserError when
     another process is there.
     """
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -167,6 +167,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     finally:
         if made and [path.name for path in folder.iterdir()] == [".lock"]:
             shutil.rmtree(folder)
+            with suppress(OSError):  # others may have come
+                for path in made[1:]:
+                    path.rmdir()
         lock.release()
 
 
