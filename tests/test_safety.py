@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from test_cli_models import flashdmd
 from transformers import AutoConfig
 
+from flashdmd import checkpoint
 from flashdmd.data import open_data
 from flashdmd.emoji.world import PACKED, World
 from flashdmd.errors import UserError
@@ -137,7 +138,9 @@ def checkpointed(here: Path, mark: Path) -> Path:
     (here / "out/checkpoint-1/state.json").write_text(json.dumps(state))
     for name in ("student.pt", "optimizer.bin", "score.pth"):
         hostile.pickled(here / "out/checkpoint-1" / name, mark)
-    return hostile.plainly_pickled(here / "out/checkpoint-1/student.safetensors", mark)
+    evil = hostile.plainly_pickled(here / "out/checkpoint-1/student.safetensors", mark)
+    checkpoint.write_manifest(here / "out/checkpoint-1")  # whole, as far as that tells
+    return evil
 
 
 IMPORT = ("import-reward", "lrm", "--base", "base", "--output", "imported")
