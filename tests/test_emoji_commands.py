@@ -150,8 +150,8 @@ def test_pictures_are_packed_whole_or_not_at_all(
 
 def test_any_errno_that_safetensors_tells_of_is_an_oserror(tmp_path: Path) -> None:
     """The real text of a real refusal."""
-    with pytest.raises(FileNotFoundError) as caught, replace_file(tmp_path / "a") as beside:
-        save_file({"a": torch.ones(1)}, beside / "no/where")
+    with pytest.raises(FileNotFoundError) as caught, replace_file(tmp_path / "a"):
+        save_file({"a": torch.ones(1)}, tmp_path / "no/where")
     assert caught.value.errno == errno.ENOENT
     with pytest.raises(SafetensorError, match="header"), replace_file(tmp_path / "a"):
         raise SafetensorError("header too large")
