@@ -109,7 +109,7 @@ def test_a_killed_run_measures_the_same(
 def test_a_student_in_its_run_draws_as_its_folder(finished: Path, parts: Path) -> None:
     session: Session = open_session(recipe(parts, finished))
     (newest,) = [p for p in checkpoint.all_of(finished) if p.name == "checkpoint-1000004"]
-    checkpoint.load_weights(session.student, newest / "student.safetensors")
+    checkpoint.load_weights(newest, "student", session.student)
     steps = session.recipe.method.student_timesteps
     here = Standing(session.teacher, session.student, Sampler(session.teacher.process, steps))
     prompts = ["a red apple", "a ship at sea", "two small hearts"]

@@ -131,7 +131,7 @@ def link(name: str, to: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
     [
         "../out.png",
         "a/../../out.png",
-        "/tmp/out.png",
+        "/outside.png",
         "../.out.png",
         link("out.png", "/etc/passwd"),
         link("out.png", "0000.png", tarfile.LNKTYPE),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
-import yaml
+import tiny_run
 from safetensors.torch import load_file
 
 from flashdmd import checkpoint, cli
@@ -32,24 +32,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(teacher: Path, output: Path, **train: Any) -> Path:
-    """Stage 1 on the embedded pictures, endless unless told otherwise."""
-    numbers = {
-        "train_batch_size": 2, "max_train_steps": 10**6, "joint_train_steps": 0, "device": "cpu",
-        "mixed_precision": "no", "checkpointing_steps": 1,
-    }  # fmt: skip
-    content = {
-        "model": {
-            "pretrained_model_name_or_path": str(teacher),
-            "reward_model_name_or_path": None,
-        },
-        "method": {"gan_gradient_ratio": None},
-        "train": numbers | train,
-        "output_dir": str(output),
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.parent / f"{output.name}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    """Endless unless told otherwise."""
+    numbers = {"train_batch_size": 2, "max_train_steps": 10**6, "checkpointing_steps": 1}
+    fixed = {"gan_gradient_ratio": None}
+    return tiny_run.recipe(teacher, output, numbers | train, method=fixed)
 
 
 class Run:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_run
 import torch
 import yaml
 from processes import free_port
@@ -31,24 +32,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(teacher: Path, output: Path, **train: Any) -> Path:
-    """A short run of stage 1 on the embedded pictures."""
     numbers = {
-        "train_batch_size": 4, "max_train_steps": 2, "joint_train_steps": 0, "device": "cpu",
-        "mixed_precision": "no", "gan_calibration_steps": [0, 1], "checkpointing_steps": 1,
-        "learning_rate": 1e-4, "fake_score_learning_rate": 1e-4, "adam_epsilon": 1e-3,
+        "train_batch_size": 4, "max_train_steps": 2, "gan_calibration_steps": [0, 1],
+        "checkpointing_steps": 1, "learning_rate": 1e-4, "fake_score_learning_rate": 1e-4,
+        "adam_epsilon": 1e-3,
     }  # fmt: skip
-    content = {
-        "model": {
-            "pretrained_model_name_or_path": str(teacher),
-            "reward_model_name_or_path": None,
-        },
-        "train": numbers | train,
-        "validation": {"num_prompts": 8, "teacher_steps": 2, "prompts": ["a cat", "a red apple"]},
-        "output_dir": str(output),
-    }
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(content))
-    return path
+    shown = {"num_prompts": 8, "teacher_steps": 2, "prompts": ["a cat", "a red apple"]}
+    return tiny_run.recipe(teacher, output, numbers | train, validation=shown)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -518,10 +518,9 @@ def everything(root: Path) -> set[str]:
 MEMBERS = [
     ("../outside.png", tarfile.REGTYPE, ""),
     ("a/../../outside.png", tarfile.REGTYPE, ""),
-    ("/tmp/flashdmd-outside.png", tarfile.REGTYPE, ""),
     ("link.png", tarfile.SYMTYPE, "/etc/passwd"),
     ("hard.png", tarfile.LNKTYPE, "../../secret.png"),
-    ("folder", tarfile.SYMTYPE, "/tmp"),
+    ("folder", tarfile.SYMTYPE, "../.."),
     ("folder/inside.png", tarfile.REGTYPE, ""),
     ("pipe.png", tarfile.FIFOTYPE, ""),
     ("disk.png", tarfile.BLKTYPE, ""),
@@ -546,13 +545,12 @@ def test_tars_write_nothing_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert source.report.refused == 1
     source(np.random.default_rng(0), 2)
     assert everything(tmp_path) == before
-    for member in MEMBERS:
+    for member in [*MEMBERS, (str(tmp_path / "outside.png"), tarfile.REGTYPE, "")]:
         hostile.tarred(work / "x.tar", {}, [member])
         said = "cannot be used" if member[1] == tarfile.REGTYPE else "a link or a device"
         with pytest.raises(UserError, match=rf"x\.tar.* holds no|{said}"):
             open_data(str(work / "x.tar"), 16)
         assert everything(tmp_path) == before
-    assert not Path("/tmp/flashdmd-outside.png").exists()
 
 
 def test_the_pack_of_pictures_is_read_where_it_lies(

@@ -227,12 +227,12 @@ def test_student_and_score_estimator_start_from_the_student_that_is_named(
     notes = {"student_timesteps": [999], "teacher_guidance_scale": 2, "averaged_updates": 7}
     (tmp_path / "student/flashdmd.json").write_text(json.dumps(notes))
     run = session(teacher, model={"student_model_name_or_path": str(tmp_path / "student")})
-    assert run.trainer("distill").averaged == 7
+    assert run.trainer("distill").state.in_average == 7
     assert equal(weights(run.generator), weights(student))
     assert equal(weights(run.score), weights(student))
     assert equal(weights(run.teacher.denoiser), weights(teacher.denoiser))
     plain = session(teacher)
-    assert plain.trainer("distill").averaged == 0
+    assert plain.trainer("distill").state.in_average == 0
     assert equal(weights(plain.generator), weights(teacher.denoiser))
     assert equal(weights(plain.score), weights(teacher.denoiser))
 

@@ -133,14 +133,16 @@ def test_two_processes_make_each_update_of_one(sharded: bool, folder: Path, tmp_
 def test_a_checkpoint_goes_from_any_number_of_processes_to_any(
     folder: Path, tmp_path: Path
 ) -> None:
+    shares = {"train_batch_size": 6, "preference_batch_size": 6}  # among one, two and three
+
     def saved(name: str) -> Any:
-        run = session(folder)
+        run = session(folder, **shares)
         trainer = learn(run)
         trainer.save(tmp_path / name)
         return whole(run, trainer)
 
     def resumed(name: str) -> Any:
-        run = session(folder)
+        run = session(folder, **shares)
         trainer = run.trainer("distill")
         trainer.restore(tmp_path / name)
         return whole(run, trainer), trainer.state

@@ -359,7 +359,7 @@ def test_the_student_averages_the_generator_over_its_updates_and_teaches_nobody(
         for ours, theirs in zip(weights(t)["student"], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     # with 9 before it reaches 21, from where on 1 - 0.7 holds
-    assert n == t.averaged == 18 + before + averaged
+    assert n == t.state.in_average == 18 + before + averaged
     ours, theirs = weights(t), weights(without)
     assert not changed({k: ours[k] for k in theirs}, theirs)
 

@@ -65,16 +65,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     output = Path(recipe.output_dir)
     best.check_metric(recipe)
     with alone_in(output) if distributed.first() else nullcontext():
-        if distributed.first():
-            mend_all(output)
-        distributed.barrier()
-        point = checkpoint.latest(output) if resume else None
-        changed = check_same(recipe) if resume else set()
-        if point:
-            state = checkpoint.state_of(point)
-            check_progress(recipe, state, changed)
-            if state["stage"] != "distill":
-                check_first_student(point)
+        point = distributed.told(beginning(recipe, resume) if distributed.first() else None)
         session = open_session(recipe)
         if recipe.validation.best_metric:
             session.measure = best.measure_of(session, *judged_by(session))
@@ -87,11 +78,30 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     return output
 
 
+def beginning(recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint that the run goes on from, after mending what a kill left; None: the start.
+
+    Raises UserError when the recipe does not go on from it.
+    """
+    output = Path(recipe.output_dir)
+    mend_all(output)
+    if not resume:
+        return None
+    point = checkpoint.latest(output)
+    changed = check_same(recipe)
+    if point:
+        state = checkpoint.state_of(point)
+        check_progress(recipe, state, changed)
+        if state["stage"] != "distill":
+            check_first_student(point)
+    return point
+
+
 def both_stages(session: Session, point: Path | None, show: Progress) -> None:
     """From the checkpoint `point`, or from the start, to the students."""
     recipe, output = session.recipe, session.output
-    beginning: dict[str, Any] = {"stage": "distill", "iteration": 0}
-    at = checkpoint.state_of(point) if point else beginning
+    start: dict[str, Any] = {"stage": "distill", "iteration": 0}
+    at = checkpoint.state_of(point) if point else start
     if distributed.first():
         for name in ("metrics.jsonl", "validation.jsonl"):
             cut_log(output / name, at["stage"], at["iteration"])
@@ -139,7 +149,7 @@ def write_student(session: Session, trainer: Trainer, name: str) -> Path:
     note = how_made(trainer.stage, trainer.state)
     teacher, student, folder = session.teacher, session.student, session.output / name
     return export.write_student(
-        teacher, student, session.recipe.method, folder, note, trainer.averaged
+        teacher, student, session.recipe.method, folder, note, trainer.state.in_average
     )
 
 

@@ -190,6 +190,9 @@ def open_session(recipe: Recipe) -> Session:
     prompts = prompts_of(recipe)
     teacher = teacher_of(recipe)
     check_steps(teacher, recipe.method.student_timesteps)
+    if distributed.ranks() > 1:
+        weights = fingerprint(teacher.denoiser.network.state_dict(), recipe.model_dump_json())
+        distributed.agree(f"{weights} {versions()}", "weights of the teacher, recipe or versions")
     with distributed.first_alone():  # it makes the caches, the others find them
         (source, caveat), latents = open_source(recipe, teacher), None
         if recipe.data.cache_latents:

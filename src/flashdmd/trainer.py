@@ -144,10 +144,6 @@ class Trainer:
         return self.state.updates.get("generator", 0)
 
     @property
-    def averaged(self) -> int:
-        return self.state.in_average
-
-    @property
     def at_boundary(self) -> bool:
         """Whether a period of the cycle has just ended."""
         return self.state.iteration % len(self.order) == 0
@@ -263,7 +259,8 @@ class Trainer:
         """
         if self.student is None:
             return
-        decay = min(self.ema_decay, self.averaged / (self.averaged + 9))
+        n = self.state.in_average
+        decay = min(self.ema_decay, n / (n + 9))
         theta = self.algorithm.generator.parameters()
         torch._foreach_lerp_(list(self.student.parameters()), list(theta), 1 - decay)
 
