@@ -149,8 +149,8 @@ def write_text(path: Path, text: str) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Inside, no other process is in `folder`; one that was killed is not in it any more.
 
-    A folder that it made and that nothing was written to does not stay. Raises UserError when
-    another process is there.
+    A folder that it made and that nothing was written to does not stay, nor do the ones around it
+    that it made. Raises UserError when another process is there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
