@@ -369,3 +369,13 @@ def test_what_decides_the_data_may_not_change(tmp_path: Path) -> None:
                 resuming.check_same(now)
         else:
             resuming.check_same(now)
+
+
+def test_what_a_kill_left_to_prune_is_pruned_at_the_start(finished: Recipe) -> None:
+    """Also where nothing is saved any more, as after the last checkpoint."""
+    output = Path(finished.output_dir)
+    before = checkpoint.all_of(output)
+    assert len(before) == finished.train.checkpoints_total_limit == 2
+    shutil.copytree(before[0], output / "checkpoint-1")
+    run.train(finished, progress=quiet)
+    assert checkpoint.all_of(output) == before
