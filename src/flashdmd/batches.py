@@ -3,9 +3,10 @@
 Every process of a run draws the same batch, and opens and encodes its own rows of it alone.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,9 @@ from flashdmd import draws
 from flashdmd.algorithm import Method, Update
 from flashdmd.cache import Latents
 from flashdmd.data.buckets import time_ids
-from flashdmd.data.source import ALL, Drawn
+from flashdmd.data.catalogue import THREADS
+from flashdmd.data.source import ALL, Drawn, PictureSource
+from flashdmd.data.workers import Workers
 from flashdmd.emoji.world import SIZE, World
 from flashdmd.models.teacher import Teacher
 from flashdmd.sampler import Cond
@@ -28,6 +31,10 @@ Encoder = Callable[[list[str]], Cond]
 
 @runtime_checkable
 class Source(Protocol):
+    @property
+    def pixels(self) -> int:
+        """Of its largest pictures."""
+
     def draw(
         self, rng: np.random.Generator, n: int, pictures: bool = True, rows: slice = ALL
     ) -> Drawn:
@@ -38,6 +45,8 @@ class Source(Protocol):
 
 class EmojiSource:
     """Training pictures of the embedded world, freshly rendered and captioned."""
+
+    pixels = SIZE**2
 
     def __init__(self) -> None:
         self.world = World()
@@ -75,31 +84,71 @@ class Batches:
     decode: Callable[[Tensor], Tensor] | None = None  # of real latents too; None: the teacher's
     latents: Latents | None = None  # of real pictures, encoded before
     parts: int = 1  # pictures go through the autoencoder in so many parts
+    order: tuple[tuple[Update, ...], ...] = ()  # of iterations, in turn; workers have to know
+    workers: int = 0  # processes that draw ahead
 
     def __call__(self, n: int, updates: tuple[Update, ...]) -> Batch:
         """What these updates of iteration `n` need, and no more: this process's rows."""
-        rng = np.random.default_rng(seed_of(self.seed, self.stage, "batch", n, 0))
-        looks = not {"score", "discriminator"}.isdisjoint(updates)
-        size = self.preferring if updates == ("preference",) else self.size
-        assert size % self.ranks == 0
-        share = size // self.ranks
-        rows = slice(self.rank * share, (self.rank + 1) * share)
-        drawn = self.source.draw(rng, size, pictures=looks and self.latents is None, rows=rows)
-        captions, sizes = drawn.captions, torch.from_numpy(drawn.time_ids).float()
-        if self.prompts:
-            chosen = rng.integers(len(self.prompts), size=size)[rows]
-            captions = [self.prompts[i] for i in chosen]
-            height, width = drawn.shape  # a whole picture of that size, as when it is used
-            sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]]).expand(share, 6)
+        drawn = self.taken(n, updates) if self.workers else self.drawn(n, updates)
+        looks, share = looking(updates), self.share(updates)
+        noise = torch.randn(share * self.ranks, *self.teacher.latent_shape_of(*drawn.shape))
         encode = self.reward_encoder if "preference" in updates else None
         device = self.teacher.device
-        noise = torch.randn(size, *self.teacher.latent_shape_of(*drawn.shape))
+        words = encode(drawn.captions) if encode else {}
         return Batch(
-            noise=noise[rows].to(device),
-            cond=self.teacher.encode_prompts(captions, sizes),
-            reward_cond={k: v.to(device) for k, v in encode(captions).items()} if encode else {},
+            noise=noise[self.rows(share)].to(device),
+            cond=self.teacher.encode_prompts(
+                drawn.captions, torch.from_numpy(drawn.time_ids).float()
+            ),
+            reward_cond={k: v.to(device) for k, v in words.items()},
             **(self.reals(drawn) if looks else {}),
         )
+
+    def share(self, updates: tuple[Update, ...]) -> int:
+        """How many rows each process has."""
+        size = self.preferring if updates == ("preference",) else self.size
+        assert size % self.ranks == 0
+        return size // self.ranks
+
+    def rows(self, share: int) -> slice:
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def drawn(self, n: int, updates: tuple[Update, ...]) -> Drawn:
+        """Pictures, if they are looked at, and captions: what takes no network and no GPU."""
+        rng = np.random.default_rng(seed_of(self.seed, self.stage, "batch", n, 0))
+        pictures = looking(updates) and self.latents is None
+        share = self.share(updates)
+        size, rows = share * self.ranks, self.rows(share)
+        drawn = self.source.draw(rng, size, pictures=pictures, rows=rows)
+        if not self.prompts:
+            return drawn
+        captions = [self.prompts[i] for i in rng.integers(len(self.prompts), size=size)[rows]]
+        height, width = drawn.shape  # a whole picture of that size, as when it is used
+        ids = np.array([[height, width, 0, 0, height, width]] * share)
+        return replace(drawn, captions=captions, time_ids=ids)
+
+    def taken(self, n: int, updates: tuple[Update, ...]) -> Drawn:
+        """As `drawn`, by workers: what they could not read is told here, once."""
+        assert self.order[n % len(self.order)] == updates
+        drawn = self.ahead(n)
+        if isinstance(self.source, PictureSource):
+            for i, why in drawn.failed.items():
+                self.source.tell(i, why)
+        return drawn
+
+    @cached_property
+    def ahead(self) -> Workers[Drawn]:
+        if isinstance(self.source, PictureSource):
+            self.source.threads = max(1, THREADS // self.workers)
+            self.source.members  # noqa: B018 - computed once, for all
+        row = 3 * self.source.pixels + 64  # bytes; 64 of indices and sizes
+        room = max(map(self.share, self.order)) * row
+        return Workers(lambda n: self.drawn(n, self.order[n % len(self.order)]), self.workers, room)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if "ahead" in vars(self):
+            self.ahead.close()
 
     @torch.no_grad()
     def reals(self, drawn: Drawn) -> dict[str, Tensor]:
@@ -126,6 +175,21 @@ class Batches:
             with again, draws.part(first + i, of):
                 found.append(decode(latents))
         return torch.cat(found)
+
+
+@contextmanager
+def ended(batches: Callable[[int, tuple[Update, ...]], Batch]) -> Iterator[None]:
+    """Whatever happens inside, no worker of theirs is left."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, Batches):
+            batches.close()
+
+
+def looking(updates: tuple[Update, ...]) -> bool:
+    """Whether real pictures are looked at."""
+    return not {"score", "discriminator"}.isdisjoint(updates)
 
 
 def as_tensor(pictures: np.ndarray) -> Tensor:

@@ -52,6 +52,7 @@ ALIASES = {  # what other tools call it: its name here
     "max_iter": "train.max_train_steps (generator updates, one in method.ttur iterations)",
     "lr": "train.learning_rate",
     "use_ema": "train.ema_decay (0: none)",
+    "num_workers": "data.dataloader_num_workers",
     "validation_prompts": "validation.prompts",
     "validation_prompt": "validation.prompts (a list)",
     "dataset_name": "data.train_data_dir (a folder)",
@@ -129,6 +130,7 @@ class Data(Section):
     cache_dir: str | None = None  # of embeddings, latents, teacher samples; None: output_dir/cache
     cache_text_embeddings: bool = False  # then the text encoders are let go
     cache_latents: bool = False  # of the real pictures; a picture is then always cut the same
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0  # processes that draw ahead; 0: none
 
 
 class Train(Section):

@@ -25,6 +25,7 @@ MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the ru
     "train.joint_train_steps",
     "train.checkpointing_steps",
     "train.checkpoints_total_limit",
+    "data.dataloader_num_workers",
     "train.gradient_accumulation_steps",  # memory and machine: they decide no number but roundings
     "train.gradient_checkpointing",
     "train.device",

@@ -19,7 +19,7 @@ from flashdmd import checkpoint, distributed, draws, export, notfinite
 from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.augment import diff_augment
 from flashdmd.baselines import DMD2, dmd2_cycle
-from flashdmd.batches import Batches, Source
+from flashdmd.batches import Batches, Source, ended
 from flashdmd.cache import Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.discriminator import Discriminator, FeatureHead
@@ -122,6 +122,8 @@ class Session:
             decode=self.decode,
             latents=self.latents,
             parts=recipe.train.gradient_accumulation_steps,
+            order=order,
+            workers=recipe.data.dataloader_num_workers,
         )
         return Trainer(
             algorithm,
@@ -363,7 +365,7 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
-    with stoppable() as asked:
+    with stoppable() as asked, ended(trainer.batches):
         while trainer.state.updates.get(counted, 0) < target or not trainer.at_boundary:
             record = trainer.iterate()
             done = trainer.state.updates.get(counted, 0)

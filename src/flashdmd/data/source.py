@@ -30,6 +30,7 @@ class Drawn:
     indices: Int[np.ndarray, "n"]  # in the catalogue
     shape: Shape  # H, W in pixels, with or without pictures
     time_ids: Int[np.ndarray, "n 6"]  # SDXL's; see `buckets.time_ids`
+    failed: dict[int, str] = field(default_factory=dict)  # drawn before them: why they are not here
 
 
 @dataclass
@@ -44,7 +45,8 @@ class PictureSource:
     catalogue: Catalogue
     buckets: tuple[Shape, ...]  # height, width in pixels
     without: frozenset[int] = frozenset()  # of the catalogue, never drawn
-    failed: dict[int, str] = field(default_factory=dict)  # while training: why
+    failed: dict[int, str] = field(default_factory=dict)  # while training, and told: why
+    threads: int = THREADS
 
     @cached_property
     def nearest(self) -> Int[np.ndarray, "n"]:
@@ -57,6 +59,11 @@ class PictureSource:
         drawable = np.ones(len(self.catalogue), dtype=bool)
         drawable[list(self.without)] = False
         return [np.flatnonzero(drawable & (self.nearest == b)) for b in range(len(self.buckets))]
+
+    @property
+    def pixels(self) -> int:
+        """Of the largest bucket."""
+        return max(height * width for height, width in self.buckets)
 
     @cached_property
     def report(self) -> Report:
@@ -89,12 +96,13 @@ class PictureSource:
         chosen = int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))
         members, shape = self.members[chosen], self.buckets[chosen]
         indices, images = members[rng.integers(len(members), size=n)][rows], None
+        failed: dict[int, str] = {}
         if pictures:
             instead = np.array(rng.spawn(n), dtype=object)[rows]  # of each row: this moves no rng
-            images, indices = self.read(indices, shape, instead, members)
+            images, indices = self.read(indices, shape, instead, members, failed)
         captions = [self.catalogue.caption(i) for i in indices.tolist()]
         ids = time_ids(self.catalogue.sizes[indices], shape)
-        return Drawn(images, captions, indices, shape, ids)
+        return Drawn(images, captions, indices, shape, ids, failed)
 
     def read(
         self,
@@ -102,15 +110,18 @@ class PictureSource:
         shape: Shape,
         instead: Iterable[np.random.Generator],
         members: Int[np.ndarray, "_"],
+        failed: dict[int, str],
     ) -> tuple[UInt8[np.ndarray, "n 3 H W"], Int[np.ndarray, "n"]]:
         """The pictures at `indices`; others for those that fail, of `members` if any can be read,
-        else of the whole catalogue, drawn `instead`; and at which indices these are.
+        else of the whole catalogue, drawn `instead`; and at which indices these are. Those that
+        fail are put into `failed`.
         """
         images, found = [], []
         attempts = self.attempts(indices, shape)
         for i, picture, rng in zip(indices.tolist(), attempts, instead, strict=True):
             tries = 0
             while isinstance(picture, str):
+                failed[i] = picture
                 self.tell(i, picture)
                 if tries == TRIES:
                     raise UserError(
@@ -129,7 +140,7 @@ class PictureSource:
         self, indices: Int[np.ndarray, "n"], shape: Shape
     ) -> list[UInt8[np.ndarray, "3 H W"] | str]:
         """Each picture, or why it cannot be read."""
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(lambda i: self.attempt(i, shape), indices.tolist()))
 
     def attempt(self, i: int, shape: Shape) -> UInt8[np.ndarray, "3 H W"] | str:
