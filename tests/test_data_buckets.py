@@ -189,9 +189,12 @@ def test_a_disk_that_is_gone_is_said(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", square=5)
     source = open_data(path, 32)
     path.rename(tmp_path / "y")
+    path.mkdir()
+    (path / "lost+found").mkdir()  # of another disk
     with pytest.raises(UserError, match=r"none can be read .*FileNotFoundError.*is the disk there"):
         source(np.random.default_rng(0), 2)
     assert source(np.random.default_rng(0), 2, pictures=False)[1] == ["square", "square"]
+    path.rename(tmp_path / "z")
     (tmp_path / "y").rename(path)
     assert source(np.random.default_rng(0), 2)[0].shape == (2, 3, 32, 32)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flashdmd.data.listing import MOST_LEFT_OUT, TELL_AFTER
 from flashdmd.data.source import PictureSource
-from flashdmd.errors import UserError
+from flashdmd.errors import GOES_ON, UserError
 from flashdmd.files import digest, replace_file
 from flashdmd.sampler import Cond
 
@@ -89,17 +89,26 @@ def make(
 
 
 def rows(places: Sequence[Place]) -> Cond:
-    """The rows at `places`, stacked in their order; only they are read."""
+    """The rows at `places`, stacked in their order; only they are read.
+
+    Raises UserError for a file that is gone or torn since it was made.
+    """
     by_file: dict[Path, list[int]] = {}
     for i, (path, _) in enumerate(places):
         by_file.setdefault(path, []).append(i)
     found: dict[str, list[Tensor]] = {}
     for path, indices in by_file.items():
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                read = found.setdefault(name, [torch.empty(0)] * len(places))
-                for i in indices:
-                    read[i] = file.get_slice(name)[places[i][1]]
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no dict
+                    read = found.setdefault(name, [torch.empty(0)] * len(places))
+                    for i in indices:
+                        read[i] = file.get_slice(name)[places[i][1]]
+        except (SafetensorError, OSError) as e:
+            raise UserError(
+                f"{path}, which was made when the run began, cannot be read any more ({e}); "
+                f"{GOES_ON} when it has made the file again"
+            ) from e
     return {name: torch.stack(values) for name, values in found.items()}
 
 

@@ -3,6 +3,7 @@
 import errno
 import re
 
+GOES_ON = "what was saved is intact, and the same command goes on from there"
 FULL = {errno.ENOSPC, errno.EDQUOT}  # of an OSError: the disk
 SECRET = re.compile(r"(:/{1,2})[^/\s@]+@")  # of a URL, or of one taken for a path: user:password
 

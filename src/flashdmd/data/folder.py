@@ -21,7 +21,7 @@ def list_folder(folder: Path, captions: bool) -> Listing:
     A picture whose name differs from another's in the ending alone shares its caption, and is left
     out when it is the same file byte for byte. Raises UserError for metadata that is no table.
     """
-    listing = Listing(str(folder), lambda name: (folder / name).open("rb"))
+    listing = Listing(str(folder), lambda name: (folder / name).open("rb"), root=folder)
     files = walk(folder)
     tables = [name for name in files if PurePosixPath(name).name in METADATA]
     pictures = [name for name in files if suffix(name) in PICTURES]

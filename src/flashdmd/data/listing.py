@@ -1,8 +1,10 @@
 """What a place holds before any picture is looked at, and what may be left out of it."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashdmd.data.pictures import Stream
@@ -53,6 +55,18 @@ class Listing:
     left_out: list[LeftOut] = field(default_factory=list)
     duplicates: int = 0  # names met again, whether or not what they name is kept
     unlisted: int = 0  # pictures that the metadata does not name
+    root: Path | None = None  # the folder, of files that are opened one by one
+
+    @property
+    def gone(self) -> bool:
+        """Whether its folder is not there any more, or empty, as where a disk was mounted."""
+        if self.root is None:
+            return False
+        try:
+            with os.scandir(self.root) as inside:
+                return next(inside, None) is None
+        except OSError:
+            return True
 
     @property
     def total(self) -> int:

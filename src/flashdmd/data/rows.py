@@ -38,7 +38,7 @@ def list_rows(
     table = table.with_format(None).select_columns([image, *wanted])
     if kind(table.features[image]) == "Image":
         table = table.cast_column(image, import_module("datasets").Image(decode=False))
-    listing = Listing(str(folder), lambda row: contents(folder, table[row][image]))
+    listing = Listing(str(folder), lambda row: contents(folder, table[row][image]), root=folder)
     stamp = fingerprint(folder)
     for row, told in enumerate(table[wanted[0]] if wanted else [""] * len(table)):
         first = told if isinstance(told, str) else next(iter(told or ()), None)

@@ -13,7 +13,7 @@ from flashdmd.data.buckets import Shape, nearest, time_ids
 from flashdmd.data.catalogue import THREADS, Catalogue, why
 from flashdmd.data.listing import MOST_LEFT_OUT, Report
 from flashdmd.data.pictures import cropped
-from flashdmd.errors import UserError
+from flashdmd.errors import GOES_ON, UserError
 
 ALL = slice(None)
 TRIES = 64  # pictures drawn in the place of one, before it is the disk that is broken
@@ -121,13 +121,18 @@ class PictureSource:
         for i, picture, rng in zip(indices.tolist(), attempts, instead, strict=True):
             tries = 0
             while isinstance(picture, str):
+                if self.catalogue.listing.gone:
+                    raise UserError(
+                        f"{self.catalogue.listing.where} is not there any more, or empty "
+                        f"({self.catalogue.name(i)}: {picture}); put the pictures back: {GOES_ON}"
+                    )
                 failed[i] = picture
                 self.tell(i, picture)
                 if tries == TRIES:
                     raise UserError(
                         f"{TRIES} pictures of {self.catalogue.listing.where} were drawn one after "
                         f"the other and none can be read ({self.catalogue.name(i)}: {picture}); is "
-                        "the disk there?"
+                        f"the disk there? {GOES_ON}"
                     )
                 near = members if tries < TRIES // 2 else np.concatenate(self.members)
                 i, tries = int(near[rng.integers(len(near))]), tries + 1
@@ -146,6 +151,8 @@ class PictureSource:
     def attempt(self, i: int, shape: Shape) -> UInt8[np.ndarray, "3 H W"] | str:
         try:
             return cropped(self.catalogue.open(i), shape)
+        except UserError:
+            raise
         except Exception as e:  # decoders raise whatever they stumble over
             return why(e)
 

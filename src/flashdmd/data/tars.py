@@ -1,8 +1,10 @@
 """Pictures in webdataset tars, read from where they lie; nothing is ever unpacked to the disk."""
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from glob import glob
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -14,7 +16,7 @@ from flashdmd.data.folder import suffix, walk
 from flashdmd.data.listing import BLIND, COPY, MUTE, REFUSED, Entry, Listing
 from flashdmd.data.pictures import PICTURES, Stream
 from flashdmd.data.prompts import CAPTION_KEYS, one_line, record, said
-from flashdmd.errors import UserError
+from flashdmd.errors import GOES_ON, UserError
 
 TEXTS = ("txt", "text", "caption")  # endings; then json
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -65,23 +67,34 @@ def list_tars(where: str, paths: list[Path], captions: bool) -> Listing:
 
     Raises UserError for what is no whole tar.
     """
-    listing = Listing(where, read)
+    stamps: dict[Path, str] = {}
+    listing = Listing(where, partial(read, stamps))
     seen: set[str] = set()
     for path in tqdm(paths, "reading tars", delay=PATIENCE_S, leave=False):
+        stamps[path] = stamp(path.stat())
         groups = grouped(listing, path)
         listing.duplicates += len(seen & groups.keys())
         seen |= groups.keys()
-        facts = path.stat()
-        stamp = f"{facts.st_size}-{facts.st_mtime_ns}"
         with path.open("rb") as f:
             for key, members in groups.items():
-                add(listing, key, members, f"{stamp}@", f if captions else None)
+                add(listing, key, members, f"{stamps[path]}@", f if captions else None)
     return listing
 
 
-def read(span: Span) -> BytesIO:
-    with span.tar.open("rb") as f:
-        return BytesIO(cut(f, span))
+def stamp(facts: os.stat_result) -> str:
+    return f"{facts.st_size}-{facts.st_mtime_ns}"
+
+
+def read(stamps: dict[Path, str], span: Span) -> BytesIO:
+    """Raises UserError when the tar is not the one that was listed: at its places are others."""
+    back = f"put the tar back as it was; {GOES_ON}"
+    try:
+        with span.tar.open("rb") as f:
+            if stamp(os.fstat(f.fileno())) != stamps[span.tar]:
+                raise UserError(f"{span.tar} was changed since it was listed; {back}")
+            return BytesIO(cut(f, span))
+    except FileNotFoundError as e:
+        raise UserError(f"{span.tar} is not there any more; {back}") from e
 
 
 def cut(f: Stream, span: Span) -> bytes:

@@ -1,0 +1,167 @@
+"""Data that go while a run is on: it ends with their name, and goes on when they are back."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from test_batches import folder
+from test_data_tars import examples, tar
+from test_faults import Run
+
+from flashdmd import checkpoint, config, run
+from flashdmd.cache import Embeddings
+from flashdmd.config import Recipe
+from flashdmd.errors import UserError
+
+Change = Callable[[Path], object]
+AT, LAST = 2, 8  # generator updates: after which the data go, of all
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tiny.score_folder(tmp_path_factory.mktemp("vanished") / "teacher")
+    return made
+
+
+def recipe(teacher: Path, path: Path, **data: Any) -> Recipe:
+    content = {
+        "model": {
+            "pretrained_model_name_or_path": str(teacher),
+            "reward_model_name_or_path": None,
+        },
+        "data": {"train_data_dir": str(path / "data")} | data,
+        "method": {"gan_gradient_ratio": None, "ttur": 1},
+        "discriminator": {"width": 8},
+        "train": {
+            "train_batch_size": 2, "max_train_steps": LAST, "joint_train_steps": 0, "device": "cpu",
+            "mixed_precision": "no", "checkpointing_steps": 1,
+        },
+        "output_dir": str(path / "run"),
+    }  # fmt: skip
+    (path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return config.load(path / "recipe.yaml", [])
+
+
+def pictures(path: Path) -> Path:
+    folder(path)
+    return path
+
+
+def tars(path: Path) -> Path:
+    tar(path / "x.tar", examples(8))
+    return path
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name("aside"))
+
+
+def empty(path: Path) -> None:
+    """As where a disk was mounted."""
+    move(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize("go", [move, empty, shutil.rmtree])
+def test_a_folder_that_is_gone_or_empty_is_named_at_once(
+    go: Change, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = folder(tmp_path / "data")
+    go(tmp_path / "data")
+    caplog.clear()
+    with pytest.raises(UserError, match=r"data is not there any more, or empty.*put the pictures"):
+        source.draw(np.random.default_rng(0), 4)
+    assert not caplog.records
+
+
+def cut(path: Path) -> None:
+    shutil.copytree(path, path.with_name("aside"))  # with its times
+    os.truncate(path / "x.tar", 3000)
+
+
+@pytest.mark.parametrize(
+    ("make", "go", "workers", "says"),
+    [
+        (pictures, move, 1, "data is not there any more, or empty"),
+        (tars, cut, 0, "x.tar was changed since it was listed"),
+    ],
+)
+def test_data_that_go_are_named_and_the_run_goes_on_when_they_are_back(
+    make: Change, go: Change, workers: int, says: str, teacher: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "data"
+    make(place)
+    asked = recipe(teacher, tmp_path, dataloader_num_workers=workers)
+    made: list[int] = []
+
+    def progress(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        made.append(done)
+        if len(made) == AT:
+            go(place)
+
+    with pytest.raises(UserError, match=f"{says}.*back.*what was saved is intact, and the same"):
+        run.train(asked, progress=progress)
+    assert made[-1] < LAST
+    state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
+    assert state["iteration"] == made[-1]
+    shutil.rmtree(place, ignore_errors=True)
+    (tmp_path / "aside").rename(place)
+    run.train(asked, progress=progress)
+    assert made[-1] == LAST
+
+
+def test_a_cache_that_goes_is_named_and_made_again(teacher: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "data")
+    asked = recipe(teacher, tmp_path, cache_latents=True, cache_text_embeddings=True)
+    made: list[int] = []
+
+    def progress(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        made.append(done)
+        if len(made) == AT:
+            for path in (tmp_path / "run/cache/embeddings").iterdir():
+                path.unlink()
+            for path in (tmp_path / "run/cache/latents").iterdir():
+                os.truncate(path, 900)
+
+    with pytest.raises(UserError, match=r"embeddings-\w+\.safetensors.*cannot be read any more"):
+        run.train(asked, progress=progress)
+    assert made[-1] == AT
+    run.train(asked, progress=progress)
+    assert made[-1] == LAST
+
+
+@pytest.mark.parametrize("size", [None, 0, 5, 70, -1])
+def test_a_file_of_a_cache_that_is_gone_or_torn_is_named(size: int | None, tmp_path: Path) -> None:
+    def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {"embeds": torch.ones(len(prompts), 3)}
+
+    kept = Embeddings(tmp_path, "x")
+    kept.make(["a", "b"], encode)
+    path, _ = kept.places["a"]
+    whole = path.read_bytes()
+    path.unlink() if size is None else path.write_bytes(whole[:size])
+    with pytest.raises(UserError, match=f"{path}.*cannot be read any more"):
+        kept(["a"])
+
+
+def test_the_command_ends_with_2(teacher: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "data")
+    recipe(teacher, tmp_path, dataloader_num_workers=1)
+    ran = Run(tmp_path / "recipe.yaml", tmp_path / "said")
+    log = tmp_path / "run/metrics.jsonl"
+    while not log.exists() and ran.process.is_alive():
+        time.sleep(0.01)
+    shutil.rmtree(tmp_path / "data")
+    code, said = ran.end()
+    assert code == 2, said
+    assert f"flashdmd: {tmp_path / 'data'} is not there any more" in said
+    assert "Traceback" not in said
+    assert checkpoint.latest(tmp_path / "run")
