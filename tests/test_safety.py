@@ -593,14 +593,16 @@ def test_files_have_the_permissions_that_the_user_gives(here: Path) -> None:
 
 
 def test_a_link_that_waits_under_the_name_of_what_is_written_is_not_followed(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder that others may write to, such as /tmp; names there can be foreseen."""
+    """In a folder that others may write to, such as /tmp, by who foresaw the name."""
+    from flashdmd import files
     from flashdmd.files import replace_folder, write_text
 
+    monkeypatch.setattr(files, "own", lambda: "1-a")
     mine = tmp_path / "mine"
     mine.write_text("precious")
-    (tmp_path / f".notes.writing-{os.getpid()}.json").symlink_to(mine)
+    (tmp_path / ".notes.writing-1-a.json").symlink_to(mine)
     write_text(tmp_path / "notes.json", "{}")
     assert mine.read_text() == "precious"
     assert (tmp_path / "notes.json").read_text() == "{}"
@@ -618,7 +620,7 @@ def test_a_link_that_waits_under_the_name_of_what_is_written_is_not_followed(
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (tmp_path / f".out.writing-{os.getpid()}").symlink_to(elsewhere)
+    (tmp_path / ".out.writing-1-a").symlink_to(elsewhere)
     with pytest.raises(FileExistsError), replace_folder(tmp_path / "out") as beside:
         (beside / "x").write_text("x")
     assert not any(elsewhere.iterdir())

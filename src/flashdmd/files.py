@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -18,12 +19,17 @@ from tqdm import tqdm
 from flashdmd.errors import UserError
 
 ERRNO = re.compile(r"os error (\d+)")  # how safetensors and tokenizers, in Rust, tell of one
-BESIDE = re.compile(r"\.(.+)\.(writing|retired|removing)-\d+(\.\w+)?")  # left by a kill
+BESIDE = re.compile(r"\.(.+)\.(writing|retired|removing)-\d+(?:-\w+)?(\.\w+)?")  # left by a kill
 
 
 def digest(*parts: bytes) -> str:
     """12 hexadecimal digits of SHA-256."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
+
+def own() -> str:
+    """What no other process calls its own: those of two machines may have the same number."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextmanager
@@ -33,8 +39,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     When the body raises, `folder` is as it was and what was written beside it is removed. What the
     disk refuses is an OSError, whoever wrote.
     """
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    retired = folder.with_name(f".{folder.name}.retired-{os.getpid()}")
+    mark = own()
+    beside = folder.with_name(f".{folder.name}.writing-{mark}")
+    retired = folder.with_name(f".{folder.name}.retired-{mark}")
     mend(folder)
     beside.mkdir(parents=True)
     try:
@@ -62,7 +69,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
     When the body raises, `path` is as it was. Errors are those of `replace_folder`.
     """
-    beside = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
+    beside = path.with_name(f".{path.stem}.writing-{own()}{path.suffix}")
     beside.unlink(missing_ok=True)
     beside.touch(exist_ok=False)  # whoever may write here cannot have put a link in its place
     mode = beside.stat().st_mode
@@ -126,7 +133,7 @@ def mend_all(parent: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Half of it is never there under its name, whenever this is killed."""
-    leaving = folder.with_name(f".{folder.name}.removing-{os.getpid()}")
+    leaving = folder.with_name(f".{folder.name}.removing-{own()}")
     folder.rename(leaving)
     shutil.rmtree(leaving)
 

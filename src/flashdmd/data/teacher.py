@@ -63,6 +63,8 @@ class TeacherSamples:
                 continue
             pictures = self.draw(captions[part], self.seed + start)
             for path, picture in zip(paths, pictures, strict=True):
+                if whole(path):  # of another process: nothing that was listed changes
+                    continue
                 with replace_file(path) as beside:
                     Image.fromarray(picture.transpose(1, 2, 0)).save(beside)
         lines = (
