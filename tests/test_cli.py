@@ -230,7 +230,7 @@ def cut_short(folder: Path, component: str) -> Path:
         (
             lambda given: None,
             "model.student_model_name_or_path",
-            "unet/diffusion_pytorch_model.safetensors cannot be read as this network's weights",
+            "has no unet/diffusion_pytorch_model.safetensors",
         ),
         (
             lambda given: cut_short(given, "unet"),

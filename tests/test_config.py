@@ -19,7 +19,7 @@ SHIPPED = [p for p in sorted(RECIPES.glob("*.yaml")) if not p.stem.startswith("r
 
 def load(text: str, tmp_path: Path, *overrides: str) -> Recipe:
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_text(text or "{}")
     return config.load(path, list(overrides))
 
 
@@ -112,6 +112,8 @@ def test_every_wrong_value_has_a_line(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"\xff\xfe", "not UTF-8"),
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
         (b"- a\n- b\n", "holds a list"),
         (b"train: {seed: 1}\ntrain: {seed: 2}", "given twice"),
         (b"train: {seed: 1, seed: 2}", "given twice"),
@@ -157,8 +159,8 @@ def test_a_value_of_another_type_is_no_value(override: str, said: str, tmp_path:
 
 def test_words_and_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     text = "output_dir: 2024-01-01\ntrain: {seed: 010, mixed_precision: no, max_train_steps: 1e3}"
-    recipe = load(text, tmp_path, "model.revision=12:30")
-    assert (recipe.output_dir, recipe.model.revision) == ("2024-01-01", "12:30")
+    recipe = load(text, tmp_path, "data.cache_dir=12:30")
+    assert (recipe.output_dir, recipe.data.cache_dir) == ("2024-01-01", "12:30")
     train = recipe.train
     assert (train.seed, train.mixed_precision, train.max_train_steps) == (10, "no", 1000)
 

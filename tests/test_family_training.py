@@ -1,6 +1,8 @@
 """Family by family: two iterations of stage 1 on a folder of pictures, written and loaded back."""
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from flashdmd import export
 from flashdmd.algorithm import split
 from flashdmd.config import Recipe
 from flashdmd.loading import load_teacher
+from flashdmd.models import latent_reward
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
-from flashdmd.models.teacher import Teacher, load_pipeline
+from flashdmd.models.teacher import Teacher, family_of, index_of, load_pipeline, sketch
 from flashdmd.sampler import times
 from flashdmd.session import Session, open_session
 
@@ -173,3 +176,28 @@ def learner(folder: Path, rank: int) -> tuple[Teacher, NetworkDenoiser]:
         for p in student.parameters():
             p.add_(0.02 * torch.randn_like(p))
     return teacher, student
+
+
+def test_a_sketch_answers_as_the_pipeline_does(folder: Path, tmp_path: Path) -> None:
+    """Before a weight is read, and also where a configuration leaves out what its class knows."""
+    short = shutil.copytree(folder, tmp_path / "short")
+    path = short / "vae/config.json"
+    told = json.loads(path.read_text())
+    for key in ("scaling_factor", "latent_channels", "shift_factor"):
+        told.pop(key, None)
+    path.write_text(json.dumps(told))
+    whole = load_pipeline(folder).pipeline
+    for where in (folder, short):
+        entries = index_of(str(where))
+        family = family_of(str(where), entries)
+        drawn = sketch(str(where), family, entries)
+        made = type(whole.vae).from_config(json.loads((where / "vae/config.json").read_text()))
+        assert latent_reward.space_of(drawn.vae) == latent_reward.space_of(made)
+        (a, b) = (family.process(one) for one in (drawn, whole))
+        assert a.kind == b.kind
+        t = torch.tensor([1.0, 500.0, 999.0])
+        assert all(map(torch.equal, a.schedule(t), b.schedule(t)))
+        for ask in (family.multiple, family.factor, family.steps):
+            assert ask(drawn) == ask(whole)
+        if getattr(whole, family.network).config.get("sample_size"):
+            assert family.resolution(drawn) == family.resolution(whole)

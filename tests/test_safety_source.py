@@ -27,11 +27,17 @@ FORBIDDEN = (
 )  # fmt: skip
 METHODS = ("extract", "extractall", "load_textual_inversion", "from_single_file", "load_ip_adapter",
            "bind", "listen", "serve_forever", "load_attn_procs")  # fmt: skip
+READ = ("torch.load", "yaml.load")
 EXCEPTIONS = {  # (file, what): why
     ("models/published_lrm.py", "torch.load"): "weights_only, and only with --unpickle",
     ("models/backbones.py", "torch.load"): "weights_only, of the installed package",
     ("emoji/pack.py", "subprocess.run"): "npm, by a list of fixed words",
     ("plain.py", "yaml.load"): "by a loader that is a SafeLoader",
+    ("data/workers.py", "pickle.loads"): "of processes that it forked itself, by their pipes",
+}
+MODULES = {
+    ("data/workers.py", "pickle"): "of processes that it forked itself, by their pipes",
+    ("data/workers.py", "ctypes"): "libc's prctl: a worker ends with its parent",
 }
 IMPORTS = {  # (file, the argument): modules that are imported by a name that is put together
     ("models/meta.py", "library"): "those of LIBRARIES, see refuse_foreign",
@@ -64,7 +70,8 @@ def test_the_source_imports_nothing_that_unpickles_or_serves() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for name in names:
-                assert name.partition(".")[0] not in (*RUN_CODE, *SERVE), (where(path), name)
+                if name.partition(".")[0] in (*RUN_CODE, *SERVE):
+                    assert (where(path), name) in MODULES, (where(path), name)
             if isinstance(node, ast.Constant):
                 assert node.value not in ("0.0.0.0", "::"), where(path)
 
@@ -75,7 +82,6 @@ def test_the_source_runs_no_code_of_others() -> None:
         here = where(path)
         for name, call in calls(path):
             given, said = keywords(call), (here, ast.unparse(call))
-            assert name not in FORBIDDEN, said
             assert name.rpartition(".")[2] not in METHODS, said
             for flag in ("shell", "trust_remote_code", "allow_pickle"):
                 assert given.get(flag, "False") == "False", said
@@ -83,7 +89,7 @@ def test_the_source_runs_no_code_of_others() -> None:
                 assert given.get("weights_only") == "True", said
             if name == "yaml.load":
                 assert given.get("Loader") == "_Loader", said
-            if name in ("torch.load", "yaml.load") or name.startswith("subprocess."):
+            if name in (*READ, *FORBIDDEN) or name.startswith("subprocess."):
                 assert (here, name) in EXCEPTIONS, said
                 excepted.add((here, name))
             if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):

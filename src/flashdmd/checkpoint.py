@@ -25,6 +25,7 @@ from flashdmd import distributed
 from flashdmd.errors import UserError
 from flashdmd.files import remove_folder, replace_folder
 from flashdmd.optimizers import moments, restore_moments
+from flashdmd.plain import json_object
 
 FORMAT = 1
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError)
@@ -169,7 +170,7 @@ def load(
         parts.read_shards()
         for name, optimizer in optimizers.items():
             restore_moments(optimizer, found[name])
-        state: dict[str, Any] = dict(json.loads((folder / STATE).read_text("utf-8")))
+        state: dict[str, Any] = json_object((folder / STATE).read_bytes())
     except (*UNREADABLE, CheckpointException) as e:
         if isinstance(e, UserError):
             raise
@@ -293,7 +294,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     Raises UserError when it cannot be read.
     """
     try:
-        state: dict[str, Any] = dict(json.loads((folder / STATE).read_text("utf-8")))
+        state: dict[str, Any] = json_object((folder / STATE).read_bytes())
     except (OSError, ValueError, TypeError) as e:
         raise unreadable(folder, e) from e
     if odd := {"stage", "iteration", "updates", "before", "about"} - state.keys():

@@ -3,35 +3,26 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetPydanticSchema,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema, ErrorDetails
 
-from flashdmd import plain
+from flashdmd import plain, rules
 from flashdmd.algorithm import Method, split
-from flashdmd.augment import Change
 from flashdmd.baselines import NUMBERS as DMD2
 from flashdmd.errors import UserError
 from flashdmd.plain import parse
-from flashdmd.schedule import STEPS
-
-Rate = Annotated[float, Field(ge=0)]
-Norm = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
-Metric = Literal["kid", "retrieval", "reward", "held_out_reward", "diversity"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+from flashdmd.sections import Critic, Data, Lora, Model, Section, Train
+from flashdmd.sections import Metric as Metric
+from flashdmd.sections import Validation as Validation
 
 HERE = Path(__file__).parent
 RECIPES = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
@@ -63,142 +54,12 @@ ALIASES = {  # what other tools call it: its name here
 }
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tuples(cls, content: Any) -> Any:
-        return tupled(content)
-
-
-def tupled(content: Any) -> Any:
-    """Lists, which are how YAML and JSON write tuples, as tuples."""
-    if isinstance(content, dict):
-        return {key: tupled(value) for key, value in content.items()}
-    return tuple(map(tupled, content)) if isinstance(content, list) else content
-
-
-class Model(Section):
-    pretrained_model_name_or_path: str = "emoji-score"  # a folder, a hub id, emoji-score or -flow
-    revision: str | None = None  # of the hub id
-    variant: str | None = None  # of its files' names, such as fp16
-    teacher_lora: str | None = None  # a LoRA that belongs to the teacher: folder, file, hub id
-    teacher_lora_scale: float = 1.0  # of what teacher_lora adds
-    pretrained_vae_model_name_or_path: str | None = None  # None: the pipeline's own
-    frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of all that is frozen but the autoencoder
-    vae_precision: Literal["fp32", "run"] = "fp32"  # run: as train.mixed_precision
-    quantize_base: Literal["none", "int8", "nf4"] = "none"  # of LoRA's base
-    reward_model_name_or_path: str | None = "emoji-reward"  # or a folder; None: stage 1 only
-    student_model_name_or_path: str | None = None  # a student to start from; None: the teacher
-
-    @field_validator("vae_precision", mode="before")
-    @classmethod
-    def _half(cls, value: Any) -> Any:
-        if value in ("fp16", "bf16", "no"):
-            raise ValueError(
-                "the Pixel-GAN learns through the decoder, and SDXL's overflows in float16 and "
-                "loses what bfloat16 rounds; use fp32, or run to follow train.mixed_precision"
-            )
-        return value
-
-
-class Lora(Section):
-    rank: Annotated[int, Field(ge=0)] = 0  # of student and score estimator; 0: full fine-tuning
-    lora_alpha: Annotated[float, Field(gt=0)] | None = None  # None: as rank, a scale of 1
-    lora_layers: Names | None = None  # names of layers that get one; None: the family's
-
-
-class Critic(Section):
-    backbone: str = "efficientnet-lite0"  # or a SAM, DINOv2, DINOv3 folder or hub id, timm:NAME
-    blocks: tuple[int, ...] | None = None  # whose maps have heads; None: SAM's global ones, four
-    width: Count = 128  # [DEF] channels of the heads (ADM: 256, on SAM)
-    crop: Count | None = None  # latent places across a random crop that is decoded; None: all
-    augment: tuple[Change, ...] = ()  # DiffAugment: colour, translation, cutout; [DEF] none
-    r1_weight: Rate = 0.0  # [DEF] of approximate R1 on real pictures; 0: none
-    r1_sigma: Annotated[float, Field(gt=0)] = 0.1  # [DEF] its noise
-
-
-class Data(Section):
-    train_data_dir: str = "emoji"  # real pictures and captions (docs/data.md); teacher: its samples
-    prompts: str | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
-    image_column: str | None = None  # of a Hugging Face data set; None: guessed
-    caption_column: str | None = None  # likewise
-    resolution: Annotated[int, Field(ge=8)] | None = None  # pixels; None: the teacher's
-    aspect_ratio_buckets: bool = False  # a batch of one shape, not all cut to squares
-    teacher_samples: Count = 4096  # pictures, where train_data_dir is teacher
-    cache_dir: str | None = None  # of embeddings, latents, teacher samples; None: output_dir/cache
-    cache_text_embeddings: bool = False  # then the text encoders are let go
-    cache_latents: bool = False  # of the real pictures; a picture is then always cut the same
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0  # processes that draw ahead; 0: none
-
-
-class Train(Section):
-    arm: Literal["flash-dmd", "dmd2"] = "flash-dmd"  # the method, or what it is compared with
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    max_train_steps: Annotated[int, Field(ge=0)] = 1000  # GENERATOR updates of stage 1 (paper: 1k)
-    joint_train_steps: Annotated[int, Field(ge=0)] = 400  # generator updates of stage 2; 0: none
-    stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
-    train_batch_size: Count = 64  # images an iteration (paper: 64 SDXL, 32 SD3)
-    preference_batch_size: Count = 32  # [DEF] prompts of a preference update, a pair at each S_rl
-    gradient_accumulation_steps: Count = 1  # parts that a batch is worked through in
-    gradient_checkpointing: bool = False  # of the networks that learn, decoder and backbone
-    sharded: bool = False  # student, score estimator and teacher, over the processes (FSDP2)
-    use_8bit_adam: bool = False  # moments in 8 bits, of bitsandbytes
-    learning_rate: Rate = 1e-6  # [DEF] G, full fine-tuning of SDXL: SenseFlow's (DMD2: 5e-7)
-    fake_score_learning_rate: Rate = 1e-6  # [DEF] psi: SenseFlow's
-    discriminator_learning_rate: Rate = 1e-4  # [DEF] heads start from random weights; 1e-5..1e-4
-    preference_learning_rate: Rate = 1e-6  # [DEF] G in stage 2 (LPO's LoRA: 1e-5); own moments
-    stage2_learning_rate: Rate | None = None  # [DEF] G's distilling updates of stage 2; None: as 1
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # DMD2
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
-    adam_weight_decay: Rate = 0.01  # DMD2
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8  # torch's
-    max_grad_norm: Norm = 10.0  # of student and score estimator; DMD2, full fine-tuning
-    discriminator_max_grad_norm: Norm = 1.0  # [DEF] heads: SenseFlow's
-    preference_max_grad_norm: Norm = 1.0  # [DEF] G in stage 2: LPO's
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [DEF] student's (RTDMD); 0: none
-    mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
-    seed: Seed = 0  # with the step it decides all that is drawn
-    checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
-    checkpoints_total_limit: Count | None = 2  # the newest; None keeps all
-    max_bad_iterations: Count = 3  # [DEF] in a row in which something is not finite; then it stops
-    gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
-
-    @field_validator("gan_calibration_steps")
-    @classmethod
-    def _rises(cls, window: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= window[0] < window[1]:
-            raise ValueError(f"gan_calibration_steps={list(window)} must rise from 0 or more")
-        return window
-
-    @model_validator(mode="after")
-    def _parts(self) -> "Train":
-        parts = self.gradient_accumulation_steps
-        for name in ("train_batch_size", "preference_batch_size"):
-            if getattr(self, name) % parts:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not a multiple of "
-                    f"gradient_accumulation_steps={parts}: a batch is worked through in equal parts"
-                )
-        return self
-
-
 LORA_DEFAULTS: dict[str, Any] = {  # of `train`, where lora.rank is not 0 and nothing is given
     "learning_rate": 3e-5,  # [DEF] RTDMD's for SD3-medium (DMD2's LoRA: 5e-5)
     "fake_score_learning_rate": 3e-5,  # [DEF] as the student's
     "preference_learning_rate": 1e-5,  # [DEF] LPO's
     "max_grad_norm": 1.0,  # [DEF] RTDMD's
 }
-
-
-class Validation(Section):
-    prompts: tuple[str, ...] = ()  # shown in the report; none: some of those that are measured
-    num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
-    teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50  # of the teacher beside it
-    seed: Seed = 1234  # of the starting noise, the same for every arm
-    best_metric: Metric | None = None  # measured at each checkpoint, the best is kept; None: no
 
 
 def as_mapping(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -261,65 +122,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _raw(self) -> "Recipe":
-        if self.method.real_images == "raw":
-            for name, asked in (
-                ("discriminator.crop", self.discriminator.crop is not None),
-                ("data.cache_latents", self.data.cache_latents),
-            ):
-                if asked:
-                    raise ValueError(
-                        f"{name} is of latents, and method.real_images=raw shows the discriminator "
-                        "pictures that never were; use decoded, or leave it out"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _lora(self) -> "Recipe":
-        if self.lora.rank == 0 and self.model.quantize_base != "none":
-            raise ValueError(
-                f"model.quantize_base={self.model.quantize_base} is for LoRA, its base is frozen; "
-                "set lora.rank, or quantize_base to none"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sharded(self) -> "Recipe":
-        for name, asked in (
-            (f"lora.rank={self.lora.rank}", self.lora.rank > 0),
-            ("train.arm=dmd2", self.train.arm == "dmd2"),
-            ("train.use_8bit_adam=true", self.train.use_8bit_adam),
-        ):
-            if self.train.sharded and asked:
-                raise ValueError(
-                    f"train.sharded=true is for full fine-tuning by flash-dmd with moments in "
-                    f"float32, not for {name}; leave one of them out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _prompts(self) -> "Recipe":
-        if self.train.arm == "dmd2" and self.data.prompts:
-            raise ValueError(
-                "train.arm=dmd2 judges real latents by their own captions, so data.prompts cannot "
-                "replace these; leave data.prompts out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _coupling(self) -> "Recipe":
-        if self.train.arm == "dmd2" and self.method.score_coupling != 1:
-            raise ValueError(
-                f"method.score_coupling={self.method.score_coupling}: the score estimator of "
-                "train.arm=dmd2 never sees the student's weights; leave it out, or use flash-dmd"
-            )
+    def _idle(self) -> "Recipe":
+        """What a recipe asks for and would not get is an error, and not ignored."""
+        for asked, message in rules.idle(self):
+            if asked:
+                raise ValueError(message)
         return self
 
     @model_validator(mode="after")
     def _stages(self) -> "Recipe":
-        if self.train.arm == "dmd2" and self.train.joint_train_steps:
+        if not self.train.max_train_steps and not self.train.joint_train_steps:
             raise ValueError(
-                "train.arm=dmd2 has no second stage; set train.joint_train_steps=0 or use flash-dmd"
+                "train.max_train_steps=0 and train.joint_train_steps=0: there is nothing to train"
             )
         if self.train.joint_train_steps and not self.method.preference_timesteps:
             raise ValueError(
@@ -365,7 +179,8 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     Raises UserError for a file that cannot be read, an unknown key or a value that does not fit.
     """
     content = parse(plain.read(path, "the recipe"), str(path))
-    content = {} if content is None else content
+    if content is None:  # cut off, perhaps; nobody asks for a run by nothing
+        raise UserError(f"the recipe {path} is empty; {{}} asks for the defaults")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a recipe is sections of keys")
     check_keys(content, str(path))
@@ -392,7 +207,11 @@ def apply(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         else:
             result[section] = value
     named, method = {o.partition("=")[0] for o in overrides}, result.get("method")
-    if arm_of(result) != arm_of(content) and isinstance(method, dict) and "method" not in named:
+    if arm_of(result) == arm_of(content):
+        return result
+    if arm_of(result) == "dmd2" and not any(name.startswith("discriminator") for name in named):
+        result.pop("discriminator", None)  # of pictures; DMD2's is its own
+    if isinstance(method, dict) and "method" not in named:
         own = {"matching_timesteps", *DMD2} - {name.removeprefix("method.") for name in named}
         result["method"] = {k: v for k, v in method.items() if k not in own}
     return result

@@ -5,25 +5,30 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flashdmd import checkpoint, distributed
 from flashdmd.algorithm import Method
+from flashdmd.config import describe
 from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.denoiser import AdapterDenoiser, NetworkDenoiser
+from flashdmd.models.families import Family
 from flashdmd.models.families.silent import silent_t5
 from flashdmd.models.lora_keys import FILE_NAME as LORA
 from flashdmd.models.lora_keys import to_diffusers
-from flashdmd.models.teacher import Teacher
+from flashdmd.models.teacher import Pipeline, Teacher
+from flashdmd.schedule import STEPS
 
 NOTES = "flashdmd.json"  # beside the weights: how they are used, for `flashdmd sample`
+Time = Annotated[int, Field(ge=1, le=STEPS)]
 NEAR = 0.5  # of a network time: as near to its steps as the plain call has to take a student
 
 
@@ -50,23 +55,35 @@ class Notes:
         (folder / NOTES).write_text(json.dumps(said, indent=2))
 
 
+class Said(BaseModel, strict=True, allow_inf_nan=False):
+    """What a notes file holds; the keys that came later may be missing."""
+
+    student_timesteps: Annotated[tuple[Time, ...], Field(min_length=1)]
+    teacher_guidance_scale: float
+    averaged_updates: Annotated[int, Field(ge=0)] = 0
+    teacher: Pipeline | None = None
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    resolution: Annotated[int, Field(ge=0)] = 0
+
+
 def notes_of(folder: Path) -> Notes | None:
     """The notes of a student; None for any other pipeline. Raises UserError for broken ones."""
     path = folder / NOTES
     if not path.is_file():
         return None
     try:
-        said = json.loads(path.read_text("utf-8"))
-        return Notes(
-            tuple(int(t) for t in said["student_timesteps"]),
-            float(said["teacher_guidance_scale"]),
-            int(said.get("averaged_updates", 0)),
-            dict(said["teacher"]) if said.get("teacher") else None,
-            int(said.get("lora_rank", 0)),
-            int(said.get("resolution", 0)),
-        )
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read as a student's notes: {e!r}") from e
+        said = Said.model_validate_json(path.read_bytes())
+    except ValidationError as e:
+        wrong = "; ".join(describe(error) for error in e.errors())
+        raise UserError(f"{path} cannot be read as a student's notes: {wrong}") from e
+    return Notes(
+        said.student_timesteps,
+        said.teacher_guidance_scale,
+        said.averaged_updates,
+        vars(said.teacher) if said.teacher else None,
+        said.lora_rank,
+        said.resolution,
+    )
 
 
 def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
@@ -74,8 +91,13 @@ def scheduler_for(teacher: Teacher, steps: tuple[int, ...]) -> Any:
 
     Raises UserError when no setting of the stock scheduler does.
     """
-    scheduler = teacher.family.scheduler(teacher.pipeline, steps)
-    got = teacher.family.grid(teacher.pipeline, scheduler, len(steps))
+    return stock_scheduler(teacher.family, teacher.pipeline, steps)
+
+
+def stock_scheduler(family: Family, pipeline: Any, steps: tuple[int, ...]) -> Any:
+    """As `scheduler_for`, of a pipeline whose configurations alone are looked at."""
+    scheduler = family.scheduler(pipeline, steps)
+    got = family.grid(pipeline, scheduler, len(steps))
     if len(got) != len(steps) or max(abs(a - b) for a, b in zip(got, steps, strict=True)) > NEAR:
         raise UserError(
             f"student_timesteps={steps} cannot be written as a stock scheduler's grid, that would "

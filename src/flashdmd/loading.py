@@ -13,6 +13,7 @@ from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 from flashdmd.models import latent_reward
+from flashdmd.models.families import Family
 from flashdmd.models.teacher import Pipeline, Precision, Teacher, add_lora, load_pipeline
 from flashdmd.sampler import Cond
 
@@ -30,16 +31,20 @@ def load_teacher(name: str, device: str = "cpu", merged: bool = False) -> Teache
         loaded, notes = load_pipeline(Path(name), device), export.notes_of(Path(name))
         loaded.resolution = notes.resolution if notes else 0
         return loaded
+    teacher = load_pipeline(embedded_folder(name))
+    teacher.folder, teacher.source = Path(name), Pipeline(name)  # what cards and reports call it
+    teacher.pipeline.to(device)
+    return teacher
+
+
+def embedded_folder(name: str) -> Path:
     folder = ASSETS / EMBEDDED[name]
     if not folder.is_dir():
         raise UserError(
             f"{name} is not shipped with this version; make it with `flashdmd emoji teacher "
             f"--family {EMBEDDED[name]}` and name the pipeline folder that this writes"
         )
-    teacher = load_pipeline(folder)
-    teacher.folder, teacher.source = Path(name), Pipeline(name)  # what cards and reports call it
-    teacher.pipeline.to(device)
-    return teacher
+    return folder
 
 
 def load_base(
@@ -69,18 +74,26 @@ def load_lora(folder: Path, device: str = "cpu", merged: bool = False) -> Teache
     return student
 
 
-def teacher_of(recipe: Recipe) -> Teacher:
-    """The teacher that a recipe names, on the recipe's device and held as the recipe says."""
-    model = recipe.model
-    name = model.pretrained_model_name_or_path
-    device = device_of(recipe)
+def check_teacher(recipe: Recipe) -> None:
+    """Raises UserError for a student in a teacher's place, or one that is not shipped."""
+    name = recipe.model.pretrained_model_name_or_path
     if name in EMBEDDED:
-        teacher = load_teacher(name, device)
+        embedded_folder(name)
     elif export.notes_of(Path(name)):
         raise UserError(
             f"model.pretrained_model_name_or_path={name!r} is a few-step student; name its teacher "
             "there, and the student as model.student_model_name_or_path"
         )
+
+
+def teacher_of(recipe: Recipe) -> Teacher:
+    """The teacher that a recipe names, on the recipe's device and held as the recipe says."""
+    model = recipe.model
+    name = model.pretrained_model_name_or_path
+    device = device_of(recipe)
+    check_teacher(recipe)
+    if name in EMBEDDED:
+        teacher = load_teacher(name, device)
     else:
         source = Pipeline(
             name,
@@ -95,7 +108,7 @@ def teacher_of(recipe: Recipe) -> Teacher:
         teacher = load_pipeline(source, device)
     teacher.in_run = model.vae_precision == "run"
     teacher.guidance = recipe.method.teacher_guidance_scale
-    teacher.resolution = checked_resolution(recipe, teacher)
+    teacher.resolution = patches(recipe, teacher.family, teacher.pipeline)
     return teacher
 
 
@@ -107,9 +120,9 @@ def device_of(recipe: Recipe) -> str:
     return "cuda" if there and asked != "cpu" else "cpu"
 
 
-def checked_resolution(recipe: Recipe, teacher: Teacher) -> int:
-    """Raises UserError for pictures that the network cannot have patches of."""
-    asked, unit = recipe.data.resolution or 0, teacher.family.multiple(teacher.pipeline)
+def patches(recipe: Recipe, family: Family, pipeline: Any) -> int:
+    """data.resolution, or 0. Raises UserError for pictures that are no whole number of patches."""
+    asked, unit = recipe.data.resolution or 0, family.multiple(pipeline)
     if asked % unit:
         raise UserError(
             f"data.resolution={asked} must be a multiple of {unit}, the pixels of a patch of this "
@@ -130,12 +143,15 @@ class RewardModel(Protocol):
     def __call__(self, z_t: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
 
+def reward_folder(name: str) -> Path:
+    return ASSETS / "reward" if name == "emoji-reward" else Path(name)
+
+
 def load_reward(name: str, teacher: Teacher) -> RewardModel:
     """A latent reward model for latents of `teacher`: a folder of `flashdmd reward`, one of
     `flashdmd emoji reward`, or emoji-reward.
     """
-    folder = ASSETS / "reward" if name == "emoji-reward" else Path(name)
-    vae = teacher.pipeline.vae
+    folder, vae = reward_folder(name), teacher.pipeline.vae
     if not latent_reward.is_one(folder):
         embedded = emoji_reward.load(folder, teacher.process, vae)
         embedded.network.to(teacher.device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flashdmd import checkpoint, plain
-from flashdmd.config import Section, describe, unknown
+from flashdmd.config import describe, unknown
 from flashdmd.errors import Interrupted, UserError
 from flashdmd.files import alone_in, cut_torn_line, mend_all, stoppable, write_text
 from flashdmd.models.latent_reward import LRM, build, open_base, write
@@ -29,6 +29,7 @@ from flashdmd.preferences import GAPS, Batch, Preferences, divided, filtered, op
 from flashdmd.reward import pair_loss
 from flashdmd.sampler import repeat, times
 from flashdmd.schedule import STEPS
+from flashdmd.sections import Section
 from flashdmd.seeds import seed_of
 
 Count = Annotated[int, Field(ge=1)]
@@ -93,7 +94,6 @@ class RewardRecipe(Section):
 def read(path: Path, overrides: list[str]) -> RewardRecipe:
     """The recipe in a YAML file, `key=value` put in after it. Raises UserError."""
     content = plain.parse(plain.read(path, "the recipe"), str(path))
-    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a reward's recipe is keys")
     for override in overrides:

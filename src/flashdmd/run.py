@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flashdmd import best, checkpoint, config, distributed, export
+from flashdmd import beforehand, best, checkpoint, config, distributed, export
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
@@ -66,6 +66,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     best.check_metric(recipe)
     with alone_in(output) if distributed.first() else nullcontext():
         point = distributed.told(beginning(recipe, resume) if distributed.first() else None)
+        beforehand.check(recipe)
         session = open_session(recipe)
         if recipe.validation.best_metric:
             session.measure = best.measure_of(session, *judged_by(session))

@@ -20,6 +20,7 @@ from flashdmd.algorithm import FlashDMD, Stage, cycle
 from flashdmd.augment import diff_augment
 from flashdmd.baselines import DMD2, dmd2_cycle
 from flashdmd.batches import Batches, Source, ended
+from flashdmd.beforehand import check_steps
 from flashdmd.cache import Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.discriminator import Discriminator, FeatureHead
@@ -191,7 +192,8 @@ def open_session(recipe: Recipe) -> Session:
     torch.manual_seed(recipe.train.seed)
     prompts = prompts_of(recipe)
     teacher = teacher_of(recipe)
-    check_steps(teacher, recipe.method.student_timesteps)
+    steps = recipe.method.student_timesteps
+    check_steps(teacher.family, teacher.pipeline, teacher.process, steps, teacher.folder)
     if distributed.ranks() > 1:
         weights = fingerprint(teacher.denoiser.network.state_dict(), recipe.model_dump_json())
         distributed.agree(f"{weights} {versions()}", "weights of the teacher, recipe or versions")
@@ -321,21 +323,6 @@ def learning(recipe: Recipe, teacher: Teacher) -> Learning:
         distributed.shard(generator.network)
         distributed.shard(teacher.denoiser.network)
     return Learning(generator, score, student, anchor)
-
-
-def check_steps(teacher: Teacher, steps: tuple[int, ...]) -> None:
-    """Raises UserError for steps that the teacher does not know, or that no stock scheduler walks.
-
-    Now, and not when a student that was trained on them is to be written.
-    """
-    try:
-        Sampler(teacher.process, steps)
-        export.scheduler_for(teacher, steps)
-    except ValueError as e:
-        raise UserError(
-            f"method.student_timesteps: {e}; {teacher.folder} is a {teacher.family.kind} teacher, "
-            f"whose four steps are {teacher.default_steps}"
-        ) from e
 
 
 def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser) -> nn.Module:

@@ -5,6 +5,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -27,6 +28,7 @@ from flashdmd.data.listing import (
 from flashdmd.data.pictures import read_rgb, upright_size
 from flashdmd.data.prompts import one_line
 from flashdmd.files import digest, write_text
+from flashdmd.plain import json_object
 
 ALL_UP_TO = 20_000  # pictures, which take minutes to decode; of more a sample is
 SAMPLE = 2_000
@@ -93,22 +95,27 @@ def check(listing: Listing, cache: Path | None = None) -> Catalogue:
             broken, decoded = broken | look(listing, rest, set(rest), sizes), len(entries)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({"decoded": decoded, "sizes": sizes}))
+        told: dict[str, Any] = {"decoded": decoded, "sizes": sizes}
+        write_text(kept, json.dumps(told | {"digest": seal(told)}))
     whole = [i for i, size in enumerate(sizes) if size is not None]
     lost = [LeftOut(broken[i][0], entries[i].name, broken[i][1]) for i in sorted(broken)]
     used = replace(
         listing, entries=[entries[i] for i in whole], left_out=[*listing.left_out, *lost]
     )
     check_share(used)
-    told = report(used, min(decoded, len(whole)))
+    became = report(used, min(decoded, len(whole)))
     if used.left_out:
         log.warning("left out of %s: %s", listing.where, names(used.left_out))
     shapes = np.array([sizes[i] for i in whole], dtype=np.int64).reshape(-1, 2)
-    return Catalogue(used, shapes, told, fingerprint(used.entries))
+    return Catalogue(used, shapes, became, fingerprint(used.entries))
 
 
 def fingerprint(entries: list[Entry]) -> str:
     return digest(*(f"{len(e.name)} {e.name} {e.stamp}\n".encode() for e in entries))
+
+
+def seal(told: dict[str, Any]) -> str:
+    return digest(json.dumps(told).encode())
 
 
 def recalled(path: Path | None, n: int) -> tuple[list[Size | None], int]:
@@ -120,10 +127,12 @@ def recalled(path: Path | None, n: int) -> tuple[list[Size | None], int]:
     if path is None or not path.exists():
         return unknown
     try:
-        found = json.loads(path.read_text("utf-8"))
-        sizes = [None if size is None else (int(size[0]), int(size[1])) for size in found["sizes"]]
-        return (sizes, int(found["decoded"])) if len(sizes) == n else unknown
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as e:
+        found = json_object(path.read_bytes())
+        if found.pop("digest") != seal(found):
+            raise ValueError("it is damaged")
+        sizes = [None if size is None else (size[0], size[1]) for size in found["sizes"]]
+        return (sizes, found["decoded"]) if len(sizes) == n else unknown
+    except (ValueError, KeyError, OSError) as e:
         log.warning("%s cannot be read and is made again: %r", path, e)
         return unknown
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from flashdmd.data.listing import BLIND, BROKEN, COPY, MUTE, REFUSED, Entry, Listing
+from flashdmd.data.listing import BLIND, BROKEN, COPY, MUTE, REFUSED, Listing
 from flashdmd.data.pictures import PICTURES, UNREAD
 from flashdmd.data.prompts import CAPTION_KEYS, at, one_line, read_text, record, said
 from flashdmd.errors import UserError
@@ -86,7 +86,7 @@ def add(listing: Listing, folder: Path, name: str, caption: str) -> None:
     except OSError as e:
         listing.leave_out(BROKEN, name, e.strerror or str(e))
         return
-    listing.entries.append(Entry(name, caption, name, f"{facts.st_size}-{facts.st_mtime_ns}"))
+    listing.add(name, caption, name, f"{facts.st_size}-{facts.st_mtime_ns}")
 
 
 def add_listed(listing: Listing, folder: Path, table: str, captions: bool) -> Iterator[str]:

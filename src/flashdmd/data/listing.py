@@ -72,8 +72,16 @@ class Listing:
     def total(self) -> int:
         return len(self.entries) + len(self.left_out)
 
+    def add(self, name: str, caption: str, place: Any, stamp: str) -> None:
+        self.entries.append(Entry(shown(name), caption, place, stamp))
+
     def leave_out(self, kind: str, name: str, why: str = "") -> None:
-        self.left_out.append(LeftOut(kind, name, why))
+        self.left_out.append(LeftOut(kind, shown(name), why))
+
+
+def shown(name: str) -> str:
+    """A name on one line of text: what cannot be printed, or is no character, is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 @dataclass(frozen=True)

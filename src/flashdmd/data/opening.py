@@ -58,13 +58,8 @@ def open_pictures(
     `captions` are wanted.
     """
     place = Path(where)
+    check_place(where)
     if not place.is_dir():
-        if place.suffix != ".tar" and not set("*?[{") & set(str(where)):
-            raise UserError(
-                f"data.train_data_dir={str(where)!r} is not a folder; give a folder of pictures "
-                f"({', '.join(PICTURES)}) with captions, of tars or of a Hugging Face data set, a "
-                "pattern of tars (train-{000..012}.tar), or emoji for the embedded pictures"
-            )
         listing: Listing = tars.list_tars(str(where), tars.shards(str(where)), captions)
     elif (kind := kind_of(place)) == "tars":
         listing = tars.list_tars(str(where), tars.shards(str(where)), captions)
@@ -73,6 +68,19 @@ def open_pictures(
     else:
         listing = folder.list_folder(place, captions)
     return check(listing, cache)
+
+
+def check_place(where: str | Path) -> None:
+    """Raises UserError for what is no folder and no pattern of tars that are there."""
+    if Path(where).is_dir():
+        return
+    if Path(where).suffix != ".tar" and not set("*?[{") & set(str(where)):
+        raise UserError(
+            f"data.train_data_dir={str(where)!r} is not a folder; give a folder of pictures "
+            f"({', '.join(PICTURES)}) with captions, of tars or of a Hugging Face data set, a "
+            "pattern of tars (train-{000..012}.tar), or emoji for the embedded pictures"
+        )
+    tars.shards(str(where))
 
 
 def kind_of(place: Path) -> str:

@@ -1,10 +1,10 @@
 """Text as people bring it: files of prompts, and the captions in lines of JSON."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from flashdmd.errors import UserError
+from flashdmd.plain import json_object
 
 CAPTION_KEYS = ("text", "caption", "prompt")  # of an object that describes a picture
 
@@ -32,7 +32,12 @@ def read_prompts(path: Path) -> list[str]:
 def read_text(path: Path, what: str, wanted: str) -> str:
     """UTF-8, with or without a byte order mark. Raises UserError that says what is wanted."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UserError(
+                f"{what} {path} holds a NUL; is it UTF-16, or no text? save it as UTF-8"
+            )
+        return text
     except UnicodeDecodeError as e:
         raise UserError(
             f"{what} {path} is not UTF-8 (byte {e.start}); save it as UTF-8 text"
@@ -48,12 +53,9 @@ def at(path: Path, line: int) -> str:
 def record(text: str | bytes, where: str) -> dict[str, object]:
     """The object that a JSON text is. Raises UserError for anything else."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: not a JSON object")
-    return found
+        return json_object(text)
+    except ValueError as e:
+        raise UserError(f"{where}: not a JSON object") from e
 
 
 def said(found: Mapping[str, object], keys: tuple[str, ...], where: str) -> str:
@@ -67,6 +69,8 @@ def said(found: Mapping[str, object], keys: tuple[str, ...], where: str) -> str:
         raise UserError(f'{where}: "{key}" must be a text that is not empty')
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f'{where}: "{key}" holds half a surrogate pair')
+    if "\0" in text and key in CAPTION_KEYS:  # a name with one is refused elsewhere
+        raise UserError(f'{where}: "{key}" holds a NUL')
     return text.strip()
 
 

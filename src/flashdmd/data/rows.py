@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flashdmd.data.listing import MUTE, Entry, Listing, Refused
+from flashdmd.data.listing import MUTE, Listing, Refused
 from flashdmd.data.pictures import Stream
 from flashdmd.data.prompts import CAPTION_KEYS, one_line
 from flashdmd.errors import UserError
@@ -46,7 +46,7 @@ def list_rows(
         if captions and not caption:
             listing.leave_out(MUTE, f"row {row}", f"its {wanted[0]} is empty")
         else:
-            listing.entries.append(Entry(f"row {row}", caption, row, stamp))
+            listing.add(f"row {row}", caption, row, stamp)
     return listing
 
 

@@ -3,26 +3,28 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from glob import glob
 from io import BytesIO
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from flashdmd.data.folder import suffix, walk
-from flashdmd.data.listing import BLIND, COPY, MUTE, REFUSED, Entry, Listing
+from flashdmd.data.listing import BLIND, COPY, MUTE, REFUSED, Listing
 from flashdmd.data.pictures import PICTURES, Stream
 from flashdmd.data.prompts import CAPTION_KEYS, one_line, record, said
 from flashdmd.errors import GOES_ON, UserError
 
 TEXTS = ("txt", "text", "caption")  # endings; then json
-BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # key: to the base name's 1st dot
 PATIENCE_S = 10  # before a bar is shown
 BLOCK = 2**20  # bytes
+MOST = 100_000  # tars of a pattern
 
 
 class Span(NamedTuple):
@@ -40,7 +42,10 @@ def shards(pattern: str) -> list[Path]:
     """
     if Path(pattern).is_dir():
         return [Path(pattern) / name for name in walk(Path(pattern)) if suffix(name) == ".tar"]
-    paths = [Path(p) for one in expanded(pattern) for p in (sorted(glob(one)) or [one])]
+    named = [] if "\0" in pattern else list(islice(expanded(pattern), MOST + 1))
+    if not 0 < len(named) <= MOST:
+        raise UserError(f"data.train_data_dir={pattern!r} names no tar, or more than {MOST}")
+    paths = [Path(p) for one in named for p in (sorted(glob(one)) or [one])]
     if absent := [str(p) for p in paths if not p.is_file()]:
         raise UserError(
             f"{len(absent)} of the {len(paths)} tars of {pattern!r} are not there: "
@@ -49,17 +54,19 @@ def shards(pattern: str) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def expanded(pattern: str) -> list[str]:
-    """{000..012} and {a,b} written out."""
+def expanded(pattern: str) -> Iterator[str]:
+    """{000..012} and {a,b} written out, one after the other: a few letters can name billions."""
     found = BRACES.search(pattern)
     if not found:
-        return [pattern]
+        yield pattern
+        return
     first, last, words = found.groups()
-    inner = words.split(",") if words else []
+    inner: Iterable[str] = words.split(",") if words else []
     if first:
-        inner = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+        inner = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
     ends = pattern[: found.start()], pattern[found.end() :]
-    return [full for word in inner for full in expanded(word.join(ends))]
+    for word in inner:
+        yield from expanded(word.join(ends))
 
 
 def list_tars(where: str, paths: list[Path], captions: bool) -> Listing:
@@ -168,12 +175,14 @@ def add(
         except (UserError, UnicodeDecodeError) as e:
             listing.leave_out(MUTE, name, str(e))
             return
-    listing.entries.append(Entry(name, caption, span, f"{stamp}{span.offset}"))
+    listing.add(name, caption, span, f"{stamp}{span.offset}")
 
 
 def caption_of(group: dict[str, Span], tar: Stream, name: str) -> str:
     for ending in TEXTS:
         if ending in group and (text := one_line(cut(tar, group[ending]).decode("utf-8-sig"))):
+            if "\0" in text:
+                raise UserError(f"its {ending} holds a NUL")
             return text
     if "json" in group:
         return one_line(said(record(cut(tar, group["json"]), name), CAPTION_KEYS, name))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from flashdmd.errors import UserError
 from flashdmd.files import replace_folder, write_text
 from flashdmd.models.reward_unet import EncoderHalf
 from flashdmd.models.trust import trusted
+from flashdmd.plain import json_object
 from flashdmd.reward import LatentReward, as_trained, pair_loss
 from flashdmd.sampler import Cond
 from flashdmd.schedule import STEPS, Process, VariancePreserving
@@ -169,9 +170,8 @@ def train(
 
 
 def read_teacher(folder: Path) -> StableDiffusionPipeline:
-    if not (folder / "model_index.json").is_file():  # diffusers would ask the hub for it
-        raise UserError(f"no teacher, a folder with model_index.json, is in {folder}")
-    trusted(str(folder), json.loads((folder / "model_index.json").read_text("utf-8")), {})
+    check_there(folder)
+    trusted(str(folder), json_object((folder / "model_index.json").read_bytes()), {})
     return StableDiffusionPipeline.from_pretrained(
         str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
@@ -201,21 +201,16 @@ def load(folder: Path, process: Process, vae: AutoencoderKL) -> EmojiReward:
 
     Raises UserError when it is missing, cannot be read, or scores latents of another autoencoder.
     """
+    check(folder, vae)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json_object((folder / "config.json").read_bytes())
         name, autoencoder = config["teacher"], config["autoencoder"]
-        pipeline = read_teacher(ASSETS / "score" if name == SHIPPED else folder / name)
+        pipeline = read_teacher(teacher_in(folder, name))
         network = build(pipeline.unet)
         state = load_file(folder / "reward.safetensors")
         network.load_state_dict({k: v.float() for k, v in state.items()})
     except Exception as e:
-        raise UserError(
-            f"the reward model in {folder} cannot be read ({e}); give a folder written by "
-            "`flashdmd emoji reward`"
-        ) from e
-    scored, given = pipeline.unet.config.in_channels, vae.config.latent_channels
-    if scored != given:
-        refuse(f"the reward model in {folder} scores latents of {scored} channels", f"have {given}")
+        raise unreadable(folder, e) from e
     if autoencoder != (own := latents_digest(vae)):
         refuse(
             f"the reward model in {folder} scores latents of the autoencoder {autoencoder} of "
@@ -224,6 +219,40 @@ def load(folder: Path, process: Process, vae: AutoencoderKL) -> EmojiReward:
         )
     network.eval().requires_grad_(False)
     return EmojiReward(network, Words(pipeline), process)
+
+
+def check(folder: Path, vae: Any) -> None:
+    """Raises UserError for what configurations alone tell: the reward is not there, or scores
+    latents of other channels or another scale than those of `vae`.
+    """
+    try:
+        teacher = teacher_in(folder, json_object((folder / "config.json").read_bytes())["teacher"])
+        check_there(teacher)
+        own = json_object((teacher / "vae/config.json").read_bytes())
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise unreadable(folder, e) from e
+    for key, what in (("latent_channels", "channels"), ("scaling_factor", "scale")):
+        scored, given = own.get(key), vae.config.get(key)
+        if None not in (scored, given) and scored != given:
+            refuse(
+                f"the reward model in {folder} scores latents of {scored} {what}", f"have {given}"
+            )
+
+
+def teacher_in(folder: Path, name: str) -> Path:
+    return ASSETS / "score" if name == SHIPPED else folder / name
+
+
+def check_there(teacher: Path) -> None:
+    if not (teacher / "model_index.json").is_file():  # diffusers would ask the hub for it
+        raise UserError(f"no teacher, a folder with model_index.json, is in {teacher}")
+
+
+def unreadable(folder: Path, e: Exception) -> UserError:
+    return UserError(
+        f"the reward model in {folder} cannot be read ({e}); give a folder written by "
+        "`flashdmd emoji reward`"
+    )
 
 
 def refuse(scored: str, given: str) -> NoReturn:

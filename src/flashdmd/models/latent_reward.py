@@ -29,6 +29,7 @@ from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
 from flashdmd.models.trust import refuse_config, refuse_unsafe, trusted
+from flashdmd.plain import json_object
 from flashdmd.reward import LatentReward, as_trained
 from flashdmd.sampler import Cond
 from flashdmd.schedule import Process, RectifiedFlow, VariancePreserving
@@ -58,6 +59,11 @@ KINDS = {
     "StableDiffusion3Pipeline": Kind("transformer", 3, False),
 }
 NETWORKS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
+
+
+KINDS_OF = {  # of the values of `Facts`
+    "kind": str, "base": str, "learns_words": bool, "network": dict, "pixels": int, "latents": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -318,8 +324,8 @@ def write(reward: LRM, folder: Path) -> None:
 def is_one(folder: Path) -> bool:
     """Whether a folder is a reward that `write` wrote."""
     try:
-        return "kind" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+        return "kind" in json_object((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
         return False
 
 
@@ -336,10 +342,9 @@ def load(
     the one that the folder names. Raises UserError when it is missing, cannot be read, or scores
     latents of another autoencoder or process.
     """
+    facts = facts_of(folder)
+    check(folder, facts, process, vae)
     try:
-        facts = Facts(**json.loads((folder / "config.json").read_text()))
-        if facts.base.startswith("."):
-            facts = replace(facts, base=str(folder / facts.base))
         made = NETWORKS[KINDS[facts.kind].network]
         refuse_config(f"{folder}/config.json", facts.network)
         with torch.device("meta"):  # shapes alone: the weights are read next
@@ -351,9 +356,25 @@ def load(
             f"the latent reward model in {folder} cannot be read ({e}); give a folder written by "
             "`flashdmd reward`"
         ) from e
-    check(folder, facts, process, vae)
     reward = LRM(network, words, facts, process).to(dtype)
     return reward.eval().requires_grad_(False)
+
+
+def facts_of(folder: Path) -> Facts:
+    """What a reward's folder says of it. Raises UserError when it says something else."""
+    try:
+        said = json_object((folder / "config.json").read_bytes())
+        wrong = [n for n, kind in KINDS_OF.items() if not isinstance(said.get(n), kind)]
+        if wrong or said["kind"] not in KINDS:
+            raise ValueError(f"{(wrong or ['kind'])[0]} is none that is known")
+        refuse_config("network", said["network"])
+        facts = Facts(**said)
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(
+            f"the latent reward model in {folder} cannot be read ({e}); give a folder written by "
+            "`flashdmd reward`"
+        ) from e
+    return replace(facts, base=str(folder / facts.base)) if facts.base[:1] == "." else facts
 
 
 def read_words(folder: Path, facts: Facts, encoders_of: Any) -> Words:

@@ -19,6 +19,7 @@ from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, SamVisionModel
 
@@ -26,6 +27,7 @@ from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.trust import refuse_config, refuse_foreign, refuse_unsafe
 from flashdmd.models.vision import DINOS, SAMS, of_blocks
+from flashdmd.plain import json_object
 
 KNOWN = Path(__file__).parent / "known"
 DENOISERS = ("unet", "transformer")
@@ -79,13 +81,13 @@ def parts_of(name: str) -> Parts:
             f"of the hub, and not among the known ones: {', '.join(known)}; give one of them"
         )
     try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        index = json_object((folder / "model_index.json").read_bytes())
         found = {k: v for k, v in index.items() if isinstance(v, list) and wanted(k) and all(v)}
         refuse_foreign(name, found)
         return assemble(name, {k: read_part(folder / k, *v) for k, v in found.items()})
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as e:
+    except Exception as e:  # each library refuses values in a way of its own
         raise UserError(
             f"the configurations of the pipeline in {folder} cannot be read: {e}"
         ) from e
@@ -123,7 +125,9 @@ def known_part(name: str) -> nn.Module:
 
 
 def read_part(folder: Path, library: str, name: str) -> nn.Module:
-    return build(f"{library}.{name}", json.loads((folder / "config.json").read_text("utf-8")))
+    config = json_object((folder / "config.json").read_bytes())
+    refuse_config(str(folder), config)
+    return build(f"{library}.{name}", config)
 
 
 def build(name: str, config: dict[str, Any]) -> nn.Module:
@@ -165,7 +169,9 @@ def read_backbone(name: str, known: dict[str, Any]) -> nn.Module:
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # values that a config refuses come as errors of its own kind
         raise UserError(f"{folder}/config.json cannot be used: {e}") from e
     kind = getattr(config, "model_type", None)
     if kind not in (*SAMS, *DINOS):
@@ -174,8 +180,11 @@ def read_backbone(name: str, known: dict[str, Any]) -> nn.Module:
             f"SAM or a DINO, efficientnet-lite0, {', '.join(known)}"
         )
     made: Any = DINOS.get(kind, SamVisionModel)
-    with torch.device("meta"):
-        network: nn.Module = made(getattr(config, "vision_config", config))
+    try:
+        with torch.device("meta"):
+            network: nn.Module = made(getattr(config, "vision_config", config))
+    except Exception as e:  # a network that cannot be: sizes of 0, of no type, of no computer
+        raise UserError(f"{folder}/config.json describes no network: {e}") from e
     return network.requires_grad_(False).eval()
 
 
@@ -234,11 +243,15 @@ def numbers(network: nn.Module) -> int:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files, from their headers alone."""
+    """Bytes of all tensors in a folder's safetensors files, from their headers alone.
+
+    Raises UserError for a header that is none.
+    """
     total = 0
     for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as f:
-            header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-        spans = [v["data_offsets"] for k, v in header.items() if k != "__metadata__"]
-        total += sum(end - start for start, end in spans)
+        try:
+            with safe_open(path, "pt"), path.open("rb") as f:  # the header is all of it, and true
+                total += path.stat().st_size - 8 - int(struct.unpack("<Q", f.read(8))[0])
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path} cannot be read as safetensors: {e}") from e
     return total

@@ -87,7 +87,7 @@ def read(path: Path, unpickle: bool) -> dict[str, Tensor]:
         f"{part}.{name}": tensor
         for part in PARTS
         for file in files(path / part)
-        for name, tensor in tensors(file, unpickle).items()
+        for name, tensor in flat(tensors(file, unpickle)).items()
     }
     heads = [p for p in (path / "state_dict.safetensors", path / "state_dict.pt") if p.is_file()]
     if not state or not heads:
@@ -107,7 +107,7 @@ def files(folder: Path) -> list[Path]:
     return []
 
 
-def tensors(file: Path, unpickle: bool) -> dict[str, Any]:
+def tensors(file: Path, unpickle: bool) -> dict[Any, Any]:
     """What a file holds. Raises UserError for a pickle without leave, or what cannot be read."""
     try:
         if file.suffix == ".safetensors":
@@ -123,12 +123,18 @@ def tensors(file: Path, unpickle: bool) -> dict[str, Any]:
     )
 
 
-def flat(state: dict[str, Any], before: str = "") -> dict[str, Tensor]:
-    """Nested dictionaries as one, names joined with dots; numbers as tensors."""
+def flat(state: dict[Any, Any], before: str = "") -> dict[str, Tensor]:
+    """Nested dictionaries as one, names joined with dots; numbers as tensors.
+
+    Raises UserError for what is neither.
+    """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if isinstance(value, dict):
             found |= flat(value, f"{before}{name}.")
-        else:
-            found[before + name] = torch.as_tensor(value)
+            continue
+        try:
+            found[f"{before}{name}"] = torch.as_tensor(value)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+            raise UserError(f"{before}{name} is a {type(value).__name__} and no weight") from e
     return found

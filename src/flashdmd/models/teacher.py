@@ -1,13 +1,14 @@
 """Teachers: diffusers pipelines, by folder or hub id, frozen and ready to be distilled."""
 
-import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -22,7 +23,14 @@ from transformers.utils import logging as transformers_logging
 from flashdmd.errors import UserError
 from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
-from flashdmd.models.trust import offline, refuse_pickled_file, refuse_unsafe, trusted
+from flashdmd.models.trust import (
+    offline,
+    refuse_config,
+    refuse_pickled_file,
+    refuse_unsafe,
+    trusted,
+)
+from flashdmd.plain import json_object
 from flashdmd.sampler import Cond, Denoiser, guided
 from flashdmd.schedule import Process
 
@@ -31,6 +39,7 @@ transformers_logging.disable_progress_bar()
 
 Precision = Literal["fp32", "bf16"]
 INDEX = "model_index.json"
+VAE = ("diffusers", "AutoencoderKL")  # as an index says it
 ACCEPTED = (
     "give a diffusers pipeline folder (as written by save_pretrained), a hub id such as "
     "stabilityai/stable-diffusion-xl-base-1.0, or emoji-score or emoji-flow"
@@ -249,21 +258,50 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
 
 def refuse(name: str, family: Family, entries: dict[str, Any]) -> None:
     """Raises UserError for what configurations alone tell to be no teacher, before it is loaded."""
-    read = (family.network, "scheduler")
+    with understood(name):
+        pipeline = sketch(name, family, entries)
+        family.check(pipeline)
+        if pipeline.scheduler.config:
+            family.process(pipeline)  # else loading says what is wrong with it
+        for part in entries:
+            if Path(name).is_dir() and (part in (family.network, "vae") or "encoder" in part):
+                refuse_config(part, part_config(name, part))
+
+
+@contextmanager
+def understood(name: str) -> Iterator[None]:
+    """Inside, configurations are asked; what they answer may be of any shape."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from e
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as e:
+        raise UserError(f"the configurations in {name} cannot be understood: {e!r}") from e
+
+
+def sketch(name: str, family: Family, entries: dict[str, Any], vae: str | None = None) -> Any:
+    """A pipeline of configurations without networks, for what a family asks of it before it is
+    loaded: of its network, its scheduler and its autoencoder, or another one, `vae`.
+    """
+    read = (family.network, "scheduler", "vae")
     parts: dict[str, Any] = {
         part: None
         if entry in ([None, None], (None, None))
-        else SimpleNamespace(config=FrozenDict(part_config(name, part) if part in read else {}))
+        else SimpleNamespace(
+            config=FrozenDict(part_config(name, part, entry) if part in read else {})
+        )
         for part, entry in entries.items()
         if isinstance(entry, list | tuple)
     }
-    sketch = SimpleNamespace(config=FrozenDict(entries), **parts)
-    try:
-        family.check(sketch)
-        if sketch.scheduler.config:  # else loading says what is wrong with it
-            family.process(sketch)
-    except UserError as e:
-        raise UserError(f"{name}: {e}") from e
+    if vae is not None:
+        parts["vae"] = SimpleNamespace(config=FrozenDict(part_config(vae, "", VAE)))
+    made = SimpleNamespace(config=FrozenDict(entries), **parts)
+    if made.__dict__.get("vae"):
+        config = made.vae.config  # as the pipelines of diffusers do it
+        halved = config.get("temperal_downsample")
+        blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels") or ()
+        made.vae_scale_factor = 2 ** (len(halved) if halved else max(0, len(blocks) - 1))
+    return made
 
 
 def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -275,7 +313,7 @@ def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
         if folder.is_dir() and not (folder / INDEX).is_file():
             raise UserError(f"pretrained_model_name_or_path={name!r} has no {INDEX}; {ACCEPTED}")
         if folder.is_dir():
-            entries = dict(json.loads((folder / INDEX).read_text("utf-8")))
+            entries = json_object((folder / INDEX).read_bytes())
         else:
             entries = dict(
                 DiffusionPipeline.load_config(name, revision=revision, local_files_only=offline())
@@ -294,19 +332,24 @@ def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
     return entries
 
 
-def part_config(name: str, part: str) -> dict[str, Any]:
-    """The config of a pipeline's component, from its folder or the hub; {} if it has none."""
-    folder, file = (
-        Path(name) / part,
-        "scheduler_config.json" if part == "scheduler" else "config.json",
-    )
+def part_config(name: str, part: str, entry: Sequence[str] = ()) -> dict[str, Any]:
+    """The config of a pipeline's component, from its folder or the hub; {} if it has none.
+
+    With `entry`, that of the index, what the file leaves out is as its class has it.
+    """
+    path = f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+    path = path.removeprefix("/")
     try:
         if Path(name).is_dir():
-            return dict(json.loads((folder / file).read_text("utf-8")))
-        path = hf_hub_download(name, f"{part}/{file}", local_files_only=offline())
-        return dict(json.loads(Path(path).read_text("utf-8")))
+            text = (Path(name) / path).read_bytes()
+        else:
+            text = Path(hf_hub_download(name, path, local_files_only=offline())).read_bytes()
+        found = json_object(text)
     except (OSError, ValueError):
         return {}
+    made = getattr(diffusers, str(entry[-1]), None) if entry else None
+    known = inspect.signature(made.__init__).parameters.values() if made else ()
+    return {p.name: p.default for p in known if p.default is not p.empty} | found
 
 
 def family_of(name: str, entries: dict[str, Any]) -> Family:

@@ -6,7 +6,7 @@ normalises them as the network was trained, and returns a list of maps (B, C, h,
 """
 
 import importlib
-import json
+import math
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -32,7 +32,8 @@ from transformers.utils import logging
 from flashdmd.errors import UserError
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.recompute import recomputed
-from flashdmd.models.trust import refuse_unsafe
+from flashdmd.models.trust import refuse_config, refuse_unsafe
+from flashdmd.plain import json_object
 
 ACCEPTED = (
     "efficientnet-lite0, timm:NAME, or a folder or hub id of a SAM, a DINOv2, a DINOv3 or another "
@@ -223,7 +224,9 @@ def load_backbone(
         maps: nn.Module = PyramidMaps(EfficientNetLite(0).to(dtype))
         return Vision(maps, CENTRED, longer_side=longer_side)
     folder = folder_of(name)
-    kind = str(read_json(folder / "config.json").get("model_type"))
+    config = read_json(folder / "config.json")
+    refuse_config(str(folder), config)
+    kind = str(config.get("model_type"))
     statistics = statistics_of(folder)
     if kind in SAMS or kind in DINOS:
         network = pretrained(DINOS.get(kind, SamVisionModel), folder, dtype)
@@ -348,14 +351,20 @@ def statistics_of(folder: Path) -> Statistics:
     values = read_json(path)
     if not values.get("do_normalize", True):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean, std = IMAGENET
-    return tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
+    known = dict(zip(("image_mean", "image_std"), IMAGENET, strict=True))
+    mean, std = (values.get(name, own) for name, own in known.items())
+    for name, given in (("image_mean", mean), ("image_std", std)):
+        numbers = given if isinstance(given, list | tuple) else ()
+        finite = [x for x in numbers if type(x) in (int, float) and math.isfinite(x)]
+        if len(numbers) != 3 or len(finite) != 3 or (name == "image_std" and min(finite) <= 0):
+            raise UserError(f"{path}: {name}={given!r} must be three numbers, of a std positive")
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as e:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}); accepted are {ACCEPTED}") from e
 
 

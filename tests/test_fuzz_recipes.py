@@ -1,0 +1,179 @@
+"""Recipes of every kind: a recipe, or a clear error; never a guess."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import json_schema
+import pytest
+import yaml
+from fuzzing import (
+    NUMBERS,
+    ODD,
+    TEXTS,
+    VALUES,
+    answered,
+    files_in,
+    fuzz,
+    spoilt_bytes,
+    spoilt_value,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashdmd import cli, config, reference, reward_fit
+from flashdmd.config import Recipe
+from flashdmd.errors import UserError
+
+AREA = "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = [p for p in sorted(RECIPES.glob("*.yaml")) if not p.stem.startswith("reward")]
+GOOD = [json.loads(config.read(p.stem, []).model_dump_json()) for p in SHIPPED]
+SCHEMA = reference.schema()
+NAMES = [f"{s}.{k}".removesuffix(".") for s, ks in config.keys().items() for k in ks or [""]]
+WORDS = st.sampled_from(["emoji", "teacher", "dmd2", "joint", "rl", "bf16", "fp16", "raw", "none"])
+ANY = VALUES | WORDS | st.lists(NUMBERS, max_size=5)
+
+SCALARS = (
+    TEXTS
+    | NUMBERS.map(str)
+    | st.sampled_from(
+        [
+            "!!int x", "!!bool maybe", "!!timestamp x", "!!binary x", "!!float x", "! x", "!x y",
+            "!!python/object/apply:os.system [ls]", "!!python/name:os.system", "!!set {a}", "*a",
+            "&a [*a]", "&a b", "| \n x", "> \n x", "? a", "- b", "@x", "`x", "%x", "0x", "0o9",
+            "1_0", "12:30:45", "010", ".e5", "1e", ".nan", "-.inf", "2024-02-30", "=", "<<: x",
+            "''", '"\\0"', '"\\ud800"', '"\\U0011ffff"', "[[[[", "}{", "# x", "---", "...", "\t",
+            "null null",
+        ]
+    )
+)  # fmt: skip
+
+
+@st.composite
+def yaml_text(draw: st.DrawFn) -> bytes:
+    """Lines of sections and keys, right and wrong, with all that YAML knows behind the colon."""
+    lines = []
+    for _ in range(draw(st.integers(0, 4))):
+        name = draw(st.sampled_from(NAMES) | st.text(max_size=6))
+        section, _, key = name.partition(".")
+        value = draw(SCALARS)
+        lines.append(f"{section}:\n  {key}: {value}" if key else f"{section}: {value}")
+    joined = "\n".join(lines).encode("utf-8", "surrogatepass")
+    return draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"%YAML 1.1\n---\n", b"--- \n"])) + joined
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes")
+
+
+def loaded(content: bytes, folder: Path, *overrides: str) -> Recipe | None:
+    """The recipe, which is finite, round, and valid by the schema; None where it is refused."""
+    path = folder / "recipe.yaml"
+    path.write_bytes(content)
+    before = files_in(folder)
+    recipe = answered(lambda: config.load(path, list(overrides)), AREA)
+    assert files_in(folder) == before
+    if recipe is not None:
+        plain = json.loads(recipe.model_dump_json())
+        assert not list(json_schema.errors(SCHEMA, plain))
+        assert config.build(plain, "it") == recipe
+        path.write_text(config.dump(recipe), "utf-8")
+        assert config.load(path, []) == recipe
+    return recipe
+
+
+@fuzz(150)
+@given(yaml_text() | ODD | st.binary(max_size=60))
+def test_any_text(folder: Path, content: bytes) -> None:
+    loaded(content, folder)
+
+
+@fuzz(60)
+@given(st.sampled_from(SHIPPED).flatmap(lambda p: spoilt_bytes(p.read_bytes())))
+def test_a_damaged_file(folder: Path, content: bytes) -> None:
+    loaded(content, folder)
+
+
+@fuzz(120)
+@given(st.sampled_from(GOOD).flatmap(lambda good: spoilt_value(good, ANY)))
+def test_what_the_schema_refuses_is_refused_and_what_is_taken_is_taken_as_it_is(
+    folder: Path, content: Any
+) -> None:
+    text = yaml.safe_dump(content).encode("utf-8", "surrogatepass")
+    recipe = loaded(text, folder)
+    if list(json_schema.errors(SCHEMA, content)):
+        assert recipe is None, "the schema refuses it"
+    if recipe is not None:  # nothing that was given is anything else now
+        kept = json.loads(recipe.model_dump_json())
+        for section, keys in content.items():
+            for key, value in (keys or {}).items() if section != "output_dir" else ():
+                assert same(kept[section][key], value), (section, key, value)
+
+
+def same(kept: Any, given: Any) -> bool:
+    if isinstance(given, list):
+        return len(kept) == len(given) and all(map(same, kept, given))
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        return not isinstance(kept, bool) and math.isclose(kept, given)
+    return type(kept) is type(given) and kept == given
+
+
+@fuzz(120)
+@given(st.lists(st.tuples(st.sampled_from(NAMES) | TEXTS, SCALARS | ANY.map(str)), max_size=4))
+def test_any_overrides(folder: Path, changes: list[tuple[str, str]]) -> None:
+    overrides = [f"{name}={value}" for name, value in changes]
+    loaded(SHIPPED[1].read_bytes(), folder, *overrides)
+
+
+@fuzz(60)
+@given(
+    spoilt_bytes((RECIPES / "reward-sdxl.yaml").read_bytes())
+    | spoilt_value(yaml.safe_load((RECIPES / "reward-sdxl.yaml").read_text()), ANY).map(
+        lambda v: yaml.safe_dump(v).encode("utf-8", "surrogatepass")
+    ),
+    st.lists(st.sampled_from(list(reward_fit.RewardRecipe.model_fields)) | TEXTS, max_size=2),
+    SCALARS,
+)
+def test_a_rewards_recipe(folder: Path, content: bytes, names: list[str], value: str) -> None:
+    path = folder / "reward.yaml"
+    path.write_bytes(content)
+    answered(lambda: reward_fit.read(path, [f"{name}={value}" for name in names]), AREA)
+
+
+@fuzz(40)
+@given(yaml_text() | ODD, st.lists(st.tuples(st.sampled_from(NAMES), SCALARS), max_size=2))
+def test_the_command_ends_with_0_or_2(
+    folder: Path, content: bytes, changes: list[tuple[str, str]]
+) -> None:
+    """No traceback, nothing written."""
+    path = folder / "recipe.yaml"
+    path.write_bytes(content)
+    before = files_in(folder)
+    overrides = [f"{name}={value}".replace("\0", "") for name, value in changes]
+    code = answered(lambda: command("config", "show", str(path), *overrides), AREA)
+    assert code in (0, 2)
+    assert files_in(folder) == before
+
+
+def command(*words: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["flashdmd", *words])
+        try:
+            cli.main()
+        except SystemExit as e:
+            return int(e.code or 0)
+    return 0
+
+
+def test_a_bug_would_be_seen() -> None:
+    """What the properties ask is not void: an exception of another kind comes through."""
+    with pytest.raises(ZeroDivisionError):
+        answered(lambda: 1 / 0, "nothing")
+
+    def refuse() -> None:
+        raise UserError("no")
+
+    assert answered(refuse, "nothing") is None
