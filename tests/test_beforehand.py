@@ -75,8 +75,6 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
             ["model.student_model_name_or_path=out/student", "output_dir=out"],
             "inside output_dir",
         ),
-        ([*DMD2, "discriminator.augment=[cutout]"], "looks at latents"),
-        ([*DMD2, "method.real_images=raw"], "looks at latents"),
         ([*DMD2, "method.score_coupling=0.9"], "never sees the student's weights"),
         ([*DMD2, "data.prompts=p.txt"], "judges real latents"),
         (["train.arm=dmd2"], "no second stage"),

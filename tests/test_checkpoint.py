@@ -361,9 +361,9 @@ def test_the_newest_checkpoint_is_read_by_who_is_alone(finished: Recipe) -> None
 def test_what_decides_the_data_may_not_change(tmp_path: Path) -> None:
     """The steps of the teacher that draws the pictures, where it draws them."""
     for name, refused in (("emoji", False), ("teacher", True)):
-        here = f"data.train_data_dir={name}"
-        files.write_text(tmp_path / "recipe.yaml", config.dump(recipe_in(tmp_path, here)))
-        now = recipe_in(tmp_path, here, "validation.teacher_steps=7")
+        here = (f"data.train_data_dir={name}", "data.prompts=prompts.txt")
+        files.write_text(tmp_path / "recipe.yaml", config.dump(recipe_in(tmp_path, *here)))
+        now = recipe_in(tmp_path, *here, "validation.teacher_steps=7")
         if refused:
             with pytest.raises(UserError, match="teacher_steps: was 50, is 7"):
                 resuming.check_same(now)

@@ -8,6 +8,7 @@ import shutil
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,8 +51,14 @@ ENDINGS = st.sampled_from(
 )
 
 
-for name in ("flashdmd.data.catalogue", "flashdmd.data.opening", "flashdmd.data.source"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)  # thousands of warnings, all meant
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> Iterator[None]:
+    """Thousands of warnings, all meant."""
+    log = logging.getLogger("flashdmd.data")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ PICKLES: dict[str, tuple[Place, tuple[str, ...], str]] = {  # what, the command,
     "student": (
         in_place_of("base/unet", "diffusion_pytorch_model.bin"),
         with_(model__student_model_name_or_path="base"),
-        "cannot be read",
+        "is a pickle",
     ),
     "tokenizer": (
         beside("teacher/tokenizer/tokenizer.json", plainly=True),

@@ -1,5 +1,7 @@
 """Sharded runs: the updates of one process, half of its memory, checkpoints for any number."""
 
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import tiny
 import torch
 from processes import together
 from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
 
 from flashdmd import checkpoint, distributed
 from flashdmd.algorithm import Stage
@@ -19,25 +22,30 @@ from flashdmd.models.teacher import load_pipeline
 from flashdmd.session import Session, open_session
 from flashdmd.trainer import Trainer
 
+State = dict[str, dict[str, Tensor]]  # by network and optimizer
 STEPS = {"score": (999, 749, 499, 249), "flow": (1000, 750, 500, 250)}
 
 
 @pytest.fixture(scope="module", params=["score"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher, and beside it an untrained reward of the same latents."""
+    """A tiny teacher, and beside it an untrained reward of its latents and a backbone."""
     root = tmp_path_factory.mktemp(request.param)
     make = tiny.score_folder if request.param == "score" else tiny.flow_folder
     made: Path = make(root / "teacher")
     score = made if request.param == "score" else tiny.score_folder(root / "words")
     network = emoji_reward.build(load_pipeline(score).denoiser.network)
     emoji_reward.write(network, root / "reward", str(score))
+    small = Dinov2Config(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2)
+    small.image_size = 56
+    Dinov2Model(small).save_pretrained(root / "backbone")
     return made
 
 
 def session(folder: Path, sharded: bool = True, **train: Any) -> Session:
+    """With the rates of full fine-tuning, and a backbone without a corner: a unit of ReLU6 that
+    rounding takes across one changes a student's gradient by 1e-4 to 1e-3.
+    """
     small = {"train_batch_size": 4, "preference_batch_size": 4, "mixed_precision": "no"}
-    rates = {"learning_rate": 1e-4, "fake_score_learning_rate": 1e-4, "ema_decay": 0.5}
-    rates |= {"adam_epsilon": 1e-3}  # so that Adam does not make a step of rounding
     kind = folder.parent.name.rstrip("0123456789")
     content = {
         "model": {
@@ -45,14 +53,15 @@ def session(folder: Path, sharded: bool = True, **train: Any) -> Session:
             "reward_model_name_or_path": str(folder.with_name("reward")),
         },
         "method": {"beta": 5.0, "teacher_guidance_scale": 2.0, "student_timesteps": STEPS[kind]},
-        "train": small | rates | {"sharded": sharded} | train,
+        "discriminator": {"backbone": str(folder.with_name("backbone"))},
+        "train": small | {"sharded": sharded, "ema_decay": 0.5} | train,
     }
     return open_session(Recipe.model_validate(content))
 
 
-def whole(run: Session, trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+def whole(run: Session, trainer: Trainer) -> State:
     """Every weight and moment, on the first process."""
-    state: dict[str, dict[str, Tensor]] = {}
+    state: State = {}
     for name, network in trainer.networks().items():
         state[name] = cloned(distributed.whole(checkpoint.trained(network)))
     for name, optimizer in trainer.optimizers().items():
@@ -73,61 +82,74 @@ def learn(
     return trainer
 
 
-def close(ours: dict[str, Any], theirs: dict[str, Any], atol: float = 1e-6) -> None:
+def norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+
+
+def far(ours: State, theirs: State, before: State) -> dict[str, tuple[float, float]]:
+    """By network and optimizer: the largest difference, and the norm of all of them as a share of
+    that of the update; of a first moment, which is a mean of gradients, as a share of its own.
+    """
     assert ours.keys() == theirs.keys()
+    found = {}
     for name, tensors in theirs.items():
         assert tensors.keys() == ours[name].keys(), name
-        for key, value in tensors.items():
-            far = 10 * atol if "optimizer" in name else atol  # moments: of gradients of any length
-            torch.testing.assert_close(
-                ours[name][key],
-                value,
-                atol=far,
-                rtol=1e-4,
-                msg=lambda m, at=(name, key): f"{at}: {m}",
-            )
+        moment = name.endswith(".optimizer")
+        names = [k for k, t in tensors.items() if t.is_floating_point()]
+        names = [k for k in names if not moment or k.endswith(".exp_avg")]
+        off = [ours[name][k] - tensors[k] for k in names]
+        moved = norm(tensors[k] if moment else tensors[k] - before[name][k] for k in names)
+        largest = max((float(t.abs().max()) for t in off), default=0.0)
+        found[name] = largest, norm(off) / moved if moved else largest
+    return found
 
 
 @pytest.mark.parametrize(
     ("folder", "sharded"), [("score", False), ("score", True), ("flow", True)], indirect=["folder"]
 )
-def test_two_processes_make_each_update_of_one(sharded: bool, folder: Path, tmp_path: Path) -> None:
-    """From the same state, of both stages: later a rounding flips a unit of the discriminator."""
-    stages: tuple[tuple[Stage, int], ...] = (("distill", 2), ("joint", 3))
+def test_two_processes_make_each_update_of_one(
+    sharded: bool, folder: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """From the same state, at each place of the cycle of both stages."""
+    stages: tuple[tuple[Stage, int], ...] = (("distill", 3), ("joint", 4))
 
-    def one() -> Any:
-        run = session(folder, sharded=False)
+    def ends(ranks: int) -> Any:
+        run, found = session(folder, sharded and ranks > 1), {}
         for stage, iterations in stages:
             trainer = run.trainer(stage)
             for n in range(iterations):
-                learn(run, stage, int(n > 0), trainer).save(tmp_path / f"{stage}-{n}")
-            yield whole(run, learn(run, stage, 1, trainer))
+                point = tmp_path / f"{stage}-{n}"
+                trainer.save(point) if ranks == 1 else trainer.restore(point)
+                before = whole(run, trainer)
+                trainer.iterate()
+                found[stage, n] = (before, whole(run, trainer))
             run.take_over()
+        return found, sorted({type(p.data).__name__ for p in run.generator.parameters()})
 
-    def two() -> Any:
-        run = session(folder, sharded)
-        ends = {}
-        for stage, iterations in stages:
-            trainer = run.trainer(stage)
-            for n in range(iterations):
-                trainer.restore(tmp_path / f"{stage}-{n}")
-                ends[stage, n + 1] = whole(run, learn(run, stage, 1, trainer))
-            trainer.restore(tmp_path / f"{stage}-{iterations - 1}")
-            learn(run, stage, 1, trainer)
-            run.take_over()
-        return ends, sorted({type(p.data).__name__ for p in run.generator.parameters()})
-
-    last = dict(zip((stage for stage, _ in stages), one(), strict=True))
-    (ends, kinds), _ = together(two)
+    alone, _ = ends(1)
+    (two, kinds), _ = together(lambda: ends(2))
     assert kinds == (["DTensor"] if sharded else ["Tensor"])
-    alone = session(folder, sharded=False)
-    for (stage, n), ours in ends.items():
-        theirs = last[stage]
-        if (tmp_path / f"{stage}-{n}").exists():
-            trainer = alone.trainer(stage)
-            trainer.restore(tmp_path / f"{stage}-{n}")
-            theirs = whole(alone, trainer)
-        close(ours, theirs)
+    assert set(two) == set(alone)
+    worst: dict[str, float] = {}
+    for place, (before, after) in alone.items():
+        same, ours = two[place]
+        for name, tensors in before.items():
+            assert all(torch.equal(same[name][k], t) for k, t in tensors.items()), name
+        for name, (largest, share) in far(ours, after, before).items():
+            at = (place, name, largest, share)
+            if name.endswith(".optimizer"):
+                assert share < 2e-5, at
+                key = "gradient, share of its norm"
+            else:
+                assert share < 1.5e-3, at  # Adam divides what is rounding by what is rounding
+                # The first step of Adam is its rate in full, whichever sign rounding gives.
+                assert largest < (1e-6 if place[1] or name != "discriminator" else 1e-4), at
+                key = f"weight of {name}"
+            worst[key] = max(worst.get(key, 0.0), largest if key[0] == "w" else share)
+    kind = folder.parent.name.rstrip("0123456789")
+    for key, value in worst.items():
+        record_property(f"{kind}, {'sharded' if sharded else 'data parallel'}: {key}", value)
+    print(kind, sharded, worst)
 
 
 def test_a_checkpoint_goes_from_any_number_of_processes_to_any(
@@ -156,7 +178,10 @@ def test_a_checkpoint_goes_from_any_number_of_processes_to_any(
             got, state = (
                 resumed(name) if ranks == 1 else together(lambda n=name: resumed(n), ranks)[0]
             )
-            close(got, expected, 0.0)
+            assert got.keys() == expected.keys()
+            for part, tensors in expected.items():
+                assert tensors.keys() == got[part].keys(), part
+                assert all(torch.equal(got[part][k], t) for k, t in tensors.items()), part
             assert state.updates == {"generator": 2, "score": 3, "discriminator": 3}
 
 

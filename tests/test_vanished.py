@@ -118,6 +118,46 @@ def test_data_that_go_are_named_and_the_run_goes_on_when_they_are_back(
     assert made[-1] == LAST
 
 
+class Killed(Exception):
+    pass
+
+
+def written(output: Path) -> dict[Path, bytes]:
+    """Of a run, but for its caches."""
+    files = [path for path in output.rglob("*") if path.is_file() and "cache" not in path.parts]
+    return {path: path.read_bytes() for path in files}
+
+
+def test_other_data_begin_another_run(teacher: Path, tmp_path: Path) -> None:
+    """Refused before anything is written; what was only copied anew is the same."""
+    place = pictures(tmp_path / "data")
+    asked, output = recipe(teacher, tmp_path), tmp_path / "run"
+    made: list[int] = []
+
+    def progress(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        made.append(done)
+        if len(made) == AT:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run.train(asked, progress=progress)
+    shutil.copytree(place, tmp_path / "as it was")
+    caption = sorted(place.rglob("*.txt"))[0]
+    for change in (
+        lambda: caption.write_text("another"),
+        lambda: sorted(place.rglob("*.png"))[0].unlink(),
+    ):
+        change()
+        before = written(output)
+        with pytest.raises(UserError, match="not those that .*checkpoint-1 learned on.*put back"):
+            run.train(asked, progress=progress)
+        assert written(output) == before
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "as it was", place, copy_function=shutil.copyfile)
+    run.train(asked, progress=progress)
+    assert made[-1] == LAST
+
+
 def test_a_cache_that_goes_is_named_and_made_again(teacher: Path, tmp_path: Path) -> None:
     pictures(tmp_path / "data")
     asked = recipe(teacher, tmp_path, cache_latents=True, cache_text_embeddings=True)

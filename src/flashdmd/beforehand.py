@@ -18,6 +18,7 @@ from flashdmd.models import latent_reward
 from flashdmd.models.families import Family
 from flashdmd.models.lora_keys import FILE_NAME as LORA
 from flashdmd.models.teacher import family_of, index_of, sketch, understood
+from flashdmd.models.trust import refuse_unsafe
 from flashdmd.sampler import Sampler
 from flashdmd.schedule import Process
 from flashdmd.sources import EMOJI, OWN, prompts_of
@@ -96,6 +97,7 @@ def check_student(recipe: Recipe, family: Family) -> None:
         return
     said = f"model.student_model_name_or_path={name!r}"
     weights = LORA if rank else f"{family.network}/diffusion_pytorch_model.safetensors"
+    refuse_unsafe((Path(name) / weights).parent)
     if not (Path(name) / weights).is_file():
         kind = f"lora.rank={rank} starts from a LoRA" if rank else "it starts from all weights"
         raise UserError(f"{said} has no {weights}, and {kind}; give such a student, or none")

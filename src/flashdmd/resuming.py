@@ -57,6 +57,23 @@ def check_reference(point: Path, was: str | None, now: str | None) -> None:
         )
 
 
+def check_data(point: Path, was: str | None, now: str) -> None:
+    """Raises UserError when pictures or prompts are others than they were at the checkpoint."""
+    if was not in (None, now):
+        raise UserError(
+            f"pictures, captions or prompts are not those that {point} learned on (fingerprint "
+            f"{now}, was {was}): another run begins there; put back what was, give another "
+            "output_dir, or start over in this one: --no-resume of `flashdmd train`"
+        )
+
+
+def tell_versions(was: dict[str, str], now: dict[str, str]) -> None:
+    """A run that goes on with other packages goes on, and need not be the same to the bit."""
+    for name in sorted(was.keys() & now.keys()):
+        if was[name] != now[name]:
+            log.warning("the run began with %s %s and goes on with %s", name, was[name], now[name])
+
+
 def check_progress(recipe: Recipe, state: dict[str, Any], changed: set[str]) -> None:
     """Raises UserError when what was done already is more, or other, than the recipe asks for.
 

@@ -114,6 +114,9 @@ def of_pictures(recipe: Sections) -> Iterator[Rule]:
 
 
 def of_dmd2(recipe: Sections) -> Iterator[Rule]:
+    """Its discriminator looks at latents, so `discriminator` is idle, and is none: the arms that
+    are compared share a recipe.
+    """
     if recipe.train.arm != "dmd2":
         return
     yield (
@@ -125,11 +128,6 @@ def of_dmd2(recipe: Sections) -> Iterator[Rule]:
         recipe.method.score_coupling != 1,
         f"method.score_coupling={recipe.method.score_coupling}: the score estimator of "
         "train.arm=dmd2 never sees the student's weights; leave it out, or use flash-dmd",
-    )
-    yield (
-        recipe.discriminator != Critic() or recipe.method.real_images == "raw",
-        "discriminator and method.real_images=raw are of a discriminator of pictures, and that "
-        "of train.arm=dmd2 looks at latents; leave them out, or use flash-dmd",
     )
     yield (
         recipe.train.joint_train_steps > 0,

@@ -27,7 +27,14 @@ from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.teacher import Teacher
 from flashdmd.publish import how_made
 from flashdmd.report.sheet import comparison, contact_sheet
-from flashdmd.resuming import check_first_student, check_progress, check_reference, check_same
+from flashdmd.resuming import (
+    check_data,
+    check_first_student,
+    check_progress,
+    check_reference,
+    check_same,
+    tell_versions,
+)
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
@@ -68,6 +75,9 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         point = distributed.told(beginning(recipe, resume) if distributed.first() else None)
         beforehand.check(recipe)
         session = open_session(recipe)
+        if point:
+            was = checkpoint.state_of(point)["about"].get("data")
+            check_data(point, was, distributed.told(session.identity))
         if recipe.validation.best_metric:
             session.measure = best.measure_of(session, *judged_by(session))
             session.worth = best.worth_of(recipe)
@@ -93,6 +103,7 @@ def beginning(recipe: Recipe, resume: bool) -> Path | None:
     if point:
         state = checkpoint.state_of(point)
         check_progress(recipe, state, changed)
+        tell_versions(state["about"].get("versions", {}), versions())
         if state["stage"] != "distill":
             check_first_student(point)
     return point

@@ -38,6 +38,7 @@ from flashdmd.sources import (
     cache_embeddings,
     cache_latents,
     described,
+    identity,
     known_prompts,
     open_source,
     prompts_of,
@@ -66,6 +67,7 @@ class Session:
     anchor: NetworkDenoiser | None = None  # the reference of stage 2; None: made when it begins
     prompts: tuple[str, ...] = ()  # none: the captions
     data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
+    identity: str = ""  # of pictures and prompts
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     start: State = field(default_factory=State)  # what the next stage takes over
     reference: str | None = None  # fingerprint of what stage 2 is held to
@@ -245,6 +247,7 @@ def open_session(recipe: Recipe) -> Session:
         anchor=anchor,
         prompts=prompts,
         data=described(source, caveat),
+        identity=identity(source, prompts),
         start=State(averaged=notes.averaged if notes else 0),
     )
     for module, part in (
@@ -415,6 +418,7 @@ def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
         "recipe": json.loads(session.recipe.model_dump_json()),
         "versions": versions(),
         "reference": session.reference,
+        "data": session.identity,
         "metrics": metrics,
     }
     if distributed.first():

@@ -1,5 +1,6 @@
 """What a run learns on: real pictures or the teacher's, and what is computed of them once."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flashdmd.data.listing import names
 from flashdmd.drawing import Arm
 from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
+from flashdmd.files import digest
 from flashdmd.models.teacher import DTYPES, Teacher
 
 EMOJI, OWN = "emoji", "teacher"  # as data.train_data_dir: the embedded world, the teacher's samples
@@ -69,6 +71,17 @@ def described(source: Source, caveat: str) -> dict[str, Any]:
     if n := len(source.without):
         says.append(f"Of those that are used, {n} could not be read when they were encoded.")
     return {"caveat": caveat, "says": says, "counts": asdict(source.report)}
+
+
+def identity(source: Source, prompts: tuple[str, ...]) -> str:
+    """Of the data: names, sizes and captions of the pictures in their order, and the prompts. Not
+    of dates or places: a copy on another machine is the same data.
+    """
+    told: list[Any] = [*prompts]
+    if isinstance(source, PictureSource):
+        all_of = source.catalogue
+        told += [[all_of.name(i), all_of.caption(i), all_of.size(i)] for i in range(len(all_of))]
+    return digest(json.dumps(told).encode())
 
 
 def teacher_pool(recipe: Recipe, teacher: Teacher) -> tuple[Path, str]:

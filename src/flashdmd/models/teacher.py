@@ -332,7 +332,7 @@ def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
     return entries
 
 
-def part_config(name: str, part: str, entry: Sequence[str] = ()) -> dict[str, Any]:
+def part_config(name: str, part: str, entry: Sequence[str | None] = ()) -> dict[str, Any]:
     """The config of a pipeline's component, from its folder or the hub; {} if it has none.
 
     With `entry`, that of the index, what the file leaves out is as its class has it.
