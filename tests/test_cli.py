@@ -98,6 +98,15 @@ def test_numbers_that_are_not_finite_exit_with_2(
     assert "iteration 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "told", ["could not create a primitive", "can't start new thread", "CUDA out of memory."]
+)
+def test_the_words_of_who_gets_no_memory_are_known(told: str) -> None:
+    """oneDNN's and Python's say nothing of memory; both were met under RLIMIT_AS."""
+    assert cli.out_of_memory(RuntimeError(told))
+    assert not cli.out_of_memory(RuntimeError("something else"))
+
+
 def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch, "train") == 2
     assert call(monkeypatch, "nonsense") == 2

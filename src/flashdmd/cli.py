@@ -371,8 +371,11 @@ def company() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error is of this class; the processor's allocator tells it in words."""
-    told = ("can't allocate memory", "not enough memory", "out of memory")
+    """CUDA's own error tells it in words, as the allocator, oneDNN and Python's threads do."""
+    told = (
+        *("can't allocate memory", "not enough memory", "out of memory"),
+        *("could not create a primitive", "can't start new thread"),
+    )
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in told)
 
 
