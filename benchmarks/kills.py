@@ -50,9 +50,11 @@ def killed(total: int, seed: int, folder: Path) -> dict[str, Any]:
         tallies[name] = kills.kill_runs(name, round(total * share), parts, here, rng)
         print(name, tallies[name], flush=True)
     stages = sum((Counter(t.in_stage) for t in tallies.values()), Counter[str]())
-    counted = ("kills", "while_writing", "runs", "equal")
+    counted = ("kills", "survived", "while_writing", "survived_while_writing", "runs", "equal")
+    most = ("most_lost", "most_lost_while_writing")
     return {
         **{key: sum(asdict(t)[key] for t in tallies.values()) for key in counted},
+        **{key: max(asdict(t)[key] for t in tallies.values()) for key in most},
         "in_stage": dict(stages),
         "by_kind": {name: asdict(t) for name, t in tallies.items()},
     }

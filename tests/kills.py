@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tiny
 import tiny_data
+from faults import lost_iterations
 
 from flashdmd import checkpoint, config, run
 from flashdmd.config import Recipe
@@ -139,6 +140,10 @@ class Tally:
     in_stage: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     equal: int = 0  # runs, bit for bit
+    survived: int = 0  # kills of these
+    survived_while_writing: int = 0
+    most_lost: int = 0  # iterations that were logged and had to be made again, of one kill
+    most_lost_while_writing: int = 0
     odd: list[str] = field(default_factory=list)  # files that differ
 
 
@@ -158,6 +163,7 @@ def kill_runs(variant: str, kills: int, parts: Path, folder: Path, rng: random.R
     seconds = run_whole(recipe, log)
     output.rename(whole)
     while tally.kills < kills:
+        kills_before, writing_before = tally.kills, tally.while_writing
         while True:
             child, started = begin(recipe, log), time.monotonic()
             wanted = moments(rng, output, seconds) if tally.kills < kills else lambda _: False
@@ -173,7 +179,10 @@ def kill_runs(variant: str, kills: int, parts: Path, folder: Path, rng: random.R
             count(tally, output)
         tally.runs += 1
         odd = differences(whole, output)
-        tally.equal += not odd
+        if not odd:
+            tally.equal += 1
+            tally.survived += tally.kills - kills_before
+            tally.survived_while_writing += tally.while_writing - writing_before
         tally.odd += odd
         if odd:  # to be looked at
             output.rename(folder / f"odd-{tally.runs}")
@@ -187,6 +196,11 @@ def count(tally: Tally, output: Path) -> None:
     tally.kills += 1
     tally.while_writing += bool(half)
     tally.before_the_first_checkpoint += not checkpoint.all_of(output)
+    lost = lost_iterations(output)
+    if half:
+        tally.most_lost_while_writing = max(tally.most_lost_while_writing, lost)
+    else:
+        tally.most_lost = max(tally.most_lost, lost)
     log = output / "metrics.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     stage = json.loads(lines[-1])["stage"] if lines else "opening"

@@ -12,6 +12,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from faults import Lost, contents, lost_files
 from torch import nn
 
 from flashdmd import checkpoint, config, files, resuming, run
@@ -59,15 +60,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+OF_FILES, OF_MANIFEST = list(DAMAGES)[:5], list(DAMAGES)[5:]
+FILE = pytest.mark.fault(
+    "checkpoint: a file is damaged", "a bit of weights, of moments, of state.json; cut off; gone"
+)
+FORGED = pytest.mark.fault(
+    "checkpoint: a damaged or forged manifest", "gone; half; a list; of format 2; of no files"
+)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=FILE) for how in OF_FILES]
+    + [pytest.param(how, marks=FORGED) for how in OF_MANIFEST],
+)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: Lost
 ) -> None:
     hurt, said = DAMAGES[how]
     good, bad = write(tmp_path / "checkpoint-9"), write(tmp_path / "checkpoint-10")
     assert latest(tmp_path) == bad
     assert not caplog.records
     hurt(bad)
+    left = contents(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert latest(tmp_path) == good
     assert len(caplog.records) == 1
@@ -75,7 +90,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert caplog.records[0].getMessage().split("over: ")[1] == damage(bad)
     with pytest.raises(AssertionError, match=said):
         raise AssertionError(damage(bad))
-    assert bad.is_dir()
+    lost(lost_files(left, tmp_path), "other files")
+    assert contents(tmp_path) == left
 
 
 def test_where_all_are_damaged_nobody_starts_over(tmp_path: Path) -> None:

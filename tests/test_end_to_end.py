@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from faults import Lost, lost_iterations
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +22,7 @@ from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import Interrupted, UserError
-from flashdmd.files import alone_in, stoppable
+from flashdmd.files import stoppable
 from flashdmd.loading import load_teacher
 from flashdmd.report.run import parsed
 from flashdmd.session import Session, open_session
@@ -194,16 +195,6 @@ def test_a_line_torn_by_a_kill_takes_no_other_with_it(
     assert not torn
 
 
-def test_two_processes_do_not_write_one_run(
-    folders: dict[str, Path], family: str, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    with alone_in(output):
-        with pytest.raises(UserError, match=f"another process.*{output}"):
-            run.train(recipe(folders, output, family), progress=quiet)
-        assert [path.name for path in output.iterdir()] == [".lock"]
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MiB."""
@@ -216,6 +207,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # what was read is still mapped
 
 
+@pytest.mark.fault("disk: full when a student is written", "a tmpfs, filled to 64 KiB")
 @pytest.mark.parametrize("name", ["student-stage1", "student"])
 def test_a_disk_that_is_full_when_a_student_is_written_loses_nothing(
     finished: Path,
@@ -225,6 +217,7 @@ def test_a_disk_that_is_full_when_a_student_is_written_loses_nothing(
     disk: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    lost: Lost,
 ) -> None:
     write, ballast = run.write_student, disk / "ballast"
 
@@ -247,6 +240,8 @@ def test_a_disk_that_is_full_when_a_student_is_written_loses_nothing(
     assert "Traceback" not in said
     left = {path.name for path in (disk / "run").iterdir() if "student" in path.name}
     assert left == {"student-stage1"} - {name}
+    lost(lost_iterations(disk / "run"), "iterations")
+    assert lost_iterations(disk / "run") == 0
     ballast.write_bytes(b"")
     run.train(again, progress=quiet)
     for student in ("student-stage1", "student"):
@@ -256,8 +251,9 @@ def test_a_disk_that_is_full_when_a_student_is_written_loses_nothing(
     assert made[0] == made[1]  # nothing was done twice
 
 
+@pytest.mark.fault("disk: full when a checkpoint is written", "a tmpfs, filled to 64 KiB")
 def test_a_checkpoint_takes_the_room_of_an_older_one_on_a_full_disk(
-    finished: Path, folders: dict[str, Path], family: str, disk: Path
+    finished: Path, folders: dict[str, Path], family: str, disk: Path, lost: Lost
 ) -> None:
     ballast = disk / "ballast"
 
@@ -270,6 +266,8 @@ def test_a_checkpoint_takes_the_room_of_an_older_one_on_a_full_disk(
     with pytest.raises(OSError, match="No space left"):  # for the student, which comes after it
         run.train(recipe(folders, disk / "run", family, *more), progress=fill)
     assert [p.name for p in checkpoint.all_of(disk / "run")] == ["checkpoint-4", "checkpoint-6"]
+    lost(lost_iterations(disk / "run"), "iterations")
+    assert lost_iterations(disk / "run") == 0
 
 
 def test_another_recipe_in_the_same_folder_is_refused(

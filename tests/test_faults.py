@@ -1,10 +1,10 @@
 """Faults, injected for real into a run in its own process: its end, its words, what is left."""
 
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import sys
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kills
 import pytest
 import tiny
 import tiny_run
+from faults import Figure, Lost, contents, lost_files, lost_iterations
 from safetensors.torch import load_file
 
-from flashdmd import checkpoint, cli
+from flashdmd import checkpoint, cli, config
 from flashdmd.replay import replay
 
 SECONDS = 120
@@ -76,21 +78,34 @@ def iterations(output: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_130(number: int, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            signal.SIGTERM, marks=pytest.mark.fault("stop: SIGTERM", "while a run iterates")
+        ),
+        pytest.param(
+            signal.SIGINT, marks=pytest.mark.fault("stop: SIGINT", "while a run iterates")
+        ),
+    ],
+)
+def test_a_signal_saves_and_ends_with_130(
+    number: int, teacher: Path, tmp_path: Path, lost: Lost, figure: Figure, chance: random.Random
+) -> None:
     output = tmp_path / "run"
     run = Run(recipe(teacher, output, checkpointing_steps=0), tmp_path / "said")
     run.wait_for(lambda: iterations(output) >= 3)
+    time.sleep(chance.uniform(0, 0.1))  # an iteration takes about as long
     assert run.process.pid
     os.kill(run.process.pid, number)
     asked = time.monotonic()
     code, said = run.end()
+    figure("from a signal until a small run has saved and ended", time.monotonic() - asked, "s")
     assert code == 130
     assert time.monotonic() - asked < 30  # Kubernetes' and torchrun's grace
     assert "the same command goes on from there" in said
-    newest = checkpoint.latest(output)
-    assert newest is not None
-    assert checkpoint.state_of(newest)["iteration"] == iterations(output)
+    lost(lost_iterations(output), "iterations")
+    assert lost_iterations(output) == 0
 
 
 def test_a_signal_before_there_is_anything_ends_with_130(teacher: Path, tmp_path: Path) -> None:
@@ -103,7 +118,10 @@ def test_a_signal_before_there_is_anything_ends_with_130(teacher: Path, tmp_path
     assert "Traceback" not in said
 
 
-def test_what_stays_not_finite_stops_and_keeps_the_last_good(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("numbers: losses that stay not finite", "a rate of 1e30, from a checkpoint on")
+def test_what_stays_not_finite_stops_and_keeps_the_last_good(
+    teacher: Path, tmp_path: Path, lost: Lost
+) -> None:
     """A rate that no network stands: after its first update everything it draws is infinite."""
     output = tmp_path / "run"
     good = recipe(teacher, output, max_train_steps=2)
@@ -113,7 +131,8 @@ def test_what_stays_not_finite_stops_and_keeps_the_last_good(teacher: Path, tmp_
     run.end()
     kept = checkpoint.latest(output)
     assert kept is not None
-    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    before = contents(kept)
+    assert lost_iterations(output) == 0
 
     bad = recipe(teacher, output, learning_rate=1e30, max_bad_iterations=3)
     code, said = Run(bad, tmp_path / "said").end()
@@ -122,7 +141,8 @@ def test_what_stays_not_finite_stops_and_keeps_the_last_good(teacher: Path, tmp_
     assert "3 iterations in a row" in said
     assert "with lower learning rates goes on from there" in said
     assert checkpoint.latest(output) == kept
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert contents(kept) == before
+    lost(lost_iterations(output), "iterations, all at that rate")
     folders = sorted((output / "not-finite").iterdir())
     assert len(folders) == 3
     for folder in folders:
@@ -136,76 +156,130 @@ def test_what_stays_not_finite_stops_and_keeps_the_last_good(teacher: Path, tmp_
     assert told["iteration"] == facts["iteration"]
     assert not told["finite"]
     assert told["first_operation"] or told["not_finite"] == facts["not_finite"]
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert contents(kept) == before
 
 
-def test_out_of_memory_says_what_to_lower(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("memory: none left", "RLIMIT_AS, 1 GiB; 2048 preferences at once in stage 2")
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, lost: Lost) -> None:
     output = tmp_path / "run"
-    first = Run(recipe(teacher, output, max_train_steps=1), tmp_path / "said")
-    first.wait_for(lambda: checkpoint.all_of(output) != [])
-    first.process.kill()
-    first.end()
 
     def less_room() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 700 * 2**20
+        limit = pages * resource.getpagesize() + 2**30
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    large = recipe(teacher, tmp_path / "large", train_batch_size=1024)
+    short = ("train.max_train_steps=1", "train.gan_calibration_steps=[0, 1]")
+    parts, many = kills.ingredients(tmp_path / "parts"), "train.preference_batch_size=2048"
+    large = tmp_path / "large.yaml"
+    large.write_text(config.dump(kills.recipe_of("both stages", parts, output, *short, many)))
     code, said = Run(large, tmp_path / "said", less_room).end()
     assert code == 2, said
     assert "out of memory" in said
     for named in ("gradient_accumulation_steps", "gradient_checkpointing", "doctor"):
         assert named in said
     assert "Traceback" not in said
+    newest = checkpoint.latest(output)
+    assert newest is not None
+    assert newest.name == "checkpoint-2"  # where stage 1 ended
+    lost(lost_iterations(output), "iterations")
 
 
-def test_a_read_only_folder_is_named(teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = f"mount -t tmpfs -o ro,size=1m tmpfs {folder}"
-    if os.geteuid() or os.system(f"{mount} 2>/dev/null"):
+@pytest.mark.fault("disk: read-only", "a tmpfs, mounted anew with `ro` between two starts of a run")
+def test_a_read_only_folder_is_named(teacher: Path, tmp_path: Path, lost: Lost) -> None:
+    disk, output = tmp_path / "disk", tmp_path / "disk/run"
+    disk.mkdir()
+    if os.geteuid() or os.system(f"mount -t tmpfs -o size=64m tmpfs {disk} 2>/dev/null"):
         pytest.skip("cannot mount a file system here")
     try:
-        path = recipe(teacher, tmp_path / "other")
-        path.write_text(path.read_text().replace(str(tmp_path / "other"), str(folder / "run")))
-        code, said = Run(path, tmp_path / "said").end()
+        run = Run(recipe(teacher, output, max_train_steps=1), tmp_path / "said")
+        run.wait_for(lambda: (output / "student/model_index.json").exists())
+        run.process.kill()
+        run.end()
+        before, more = contents(output), recipe(teacher, output, max_train_steps=2)
+        assert os.system(f"mount -o remount,ro {disk}") == 0
+        code, said = Run(more, tmp_path / "said").end()
+        lost(lost_files(before, output), "files")
+        assert contents(output) == before
+        assert os.system(f"mount -o remount,rw {disk}") == 0
+        run = Run(more, tmp_path / "again")
+        run.wait_for(lambda: (output / "checkpoint-4").exists())
+        run.process.kill()
+        run.end()
     finally:
-        os.system(f"umount {folder}")
+        os.system(f"umount --lazy {disk}")
     assert code == 2, said
     assert "Read-only file system" in said
-    assert str(folder / "run") in said
+    assert str(output) in said
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("fault", ["truncated", "family"])
-def test_a_broken_or_foreign_checkpoint_is_told(fault: str, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("stop: two runs in one folder", "the same command, while it runs")
+def test_a_second_run_in_a_folder_is_refused(teacher: Path, tmp_path: Path, lost: Lost) -> None:
+    output = tmp_path / "run"
+    path = recipe(teacher, output, checkpointing_steps=0)
+    first = Run(path, tmp_path / "first")
+    first.wait_for(lambda: iterations(output) >= 2)
+    code, said = Run(path, tmp_path / "second").end()
+    assert code == 2, said
+    assert f"another process is writing to {output}" in said
+    done = iterations(output)
+    first.wait_for(lambda: iterations(output) > done)
+    assert first.process.pid
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.end()[0] == 130
+    lost(lost_iterations(output), "iterations of the first")
+    assert lost_iterations(output) == 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(
+            "truncated",
+            marks=pytest.mark.fault(
+                "checkpoint: a file is truncated", "half of the newest one's score.safetensors"
+            ),
+        ),
+        pytest.param(
+            "family",
+            marks=pytest.mark.fault(
+                "checkpoint: of another family", "a flow teacher for one that predicts noise"
+            ),
+        ),
+    ],
+)
+def test_a_broken_or_foreign_checkpoint_is_told(
+    fault: str, teacher: Path, tmp_path: Path, lost: Lost
+) -> None:
     """Truncated: an older one is gone on from. Of another network: refused, and left alone."""
     output = tmp_path / "run"
     run = Run(recipe(teacher, output, max_train_steps=3), tmp_path / "said")
-    run.wait_for(lambda: len(checkpoint.all_of(output)) == 2)
+    run.wait_for(lambda: (output / "student/model_index.json").exists())
     run.process.kill()
     run.end()
-    older, newest = checkpoint.all_of(output)
+    newest = checkpoint.all_of(output)[-1]
     again = recipe(teacher, output, max_train_steps=4)
     if fault == "truncated":
         file = newest / "score.safetensors"
         os.truncate(file, file.stat().st_size // 2)
+        lost(lost_iterations(output), "iterations")
         goes_on = Run(again, tmp_path / "said")
-        goes_on.wait_for(lambda: f"{newest} is damaged" in (tmp_path / "said").read_text())
+        goes_on.wait_for(lambda: (output / "checkpoint-8").exists())
         goes_on.process.kill()
         _, said = goes_on.end()
+        assert f"{newest} is damaged" in said
         assert "score.safetensors has" in said
-        assert newest.is_dir()
+        assert newest.with_name(f"{newest.name}.damaged").is_dir()
         return
+    before = contents(output)
     flow = tiny.flow_folder(tmp_path / "flow")
-    with contextlib.suppress(FileNotFoundError):
-        (output / "recipe.yaml").unlink()  # else it is the recipe that is told to be another
+    del before["recipe.yaml"]
+    (output / "recipe.yaml").unlink()  # else it is the recipe that is told to be another
     text = again.read_text().replace(str(teacher), str(flow))
     steps = "method:\n  student_timesteps: [1000, 750, 500, 250]\n"
     again.write_text(text.replace("method:\n", steps))
     code, said = Run(again, tmp_path / "said").end()
     assert code == 2, said
     assert "is of another network" in said
-    assert checkpoint.damage(newest) is None
-    assert checkpoint.damage(older) is None
+    lost(lost_files(before, output), "files")
+    assert lost_files(before, output) == 0

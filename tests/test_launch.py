@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tiny
 import tiny_run
 import torch
 import yaml
+from faults import Figure, Lost, lost_iterations
 from processes import free_port
 from safetensors.torch import load_file
 
@@ -154,8 +156,9 @@ def test_two_processes_train_measure_and_report(teacher: Path, tmp_path: Path) -
         torch.testing.assert_close(ours[key], value, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.fault("processes: a job is told to stop", "slurm.sbatch, SIGTERM to its two processes")
 def test_a_job_that_is_told_to_stop_saves_and_is_queued_again(
-    teacher: Path, tmp_path: Path
+    teacher: Path, tmp_path: Path, lost: Lost
 ) -> None:
     output = tmp_path / "run"
     process = by_slurm(recipe(teacher, output, **ENDLESS), tmp_path)
@@ -166,27 +169,32 @@ def test_a_job_that_is_told_to_stop_saves_and_is_queued_again(
     said = finished(process)
     assert process.returncode == 130, said
     assert "saved in" in said
-    newest = checkpoint.latest(output)
-    assert newest is not None
-    assert checkpoint.state_of(newest)["iteration"] == iterations(output)
+    lost(lost_iterations(output), "iterations")
+    assert lost_iterations(output) == 0
     assert config.load(output / "recipe.yaml", []).train.seed == 1
     asked = (tmp_path / "scontrol.log").read_text().splitlines()
     assert [line.split()[0] for line in asked] == ["show", "requeue"]
 
 
-def test_a_process_that_dies_ends_the_others(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("processes: one of them dies", "SIGKILL of the second of two, as in two pods")
+def test_a_process_that_dies_ends_the_others(
+    teacher: Path, tmp_path: Path, lost: Lost, figure: Figure, chance: random.Random
+) -> None:
     """The other says so, soon; one process goes on from what they saved."""
     output = tmp_path / "run"
     first, second = by_kubernetes(recipe(teacher, output, **ENDLESS | {"checkpointing_steps": 1}))
     wait_for(lambda: iterations(output) >= 5 or first.poll() is not None)
     assert first.poll() is None, finished(first)
+    time.sleep(chance.uniform(0, 0.5))
     os.kill(second.pid, signal.SIGKILL)
     killed = time.monotonic()
     said = finished(first)
+    figure("from the death of a process until the other ends", time.monotonic() - killed, "s")
     assert time.monotonic() - killed < 60
     assert first.returncode == 75, said
     assert "another process of this run has ended" in said
     finished(second)
+    lost(lost_iterations(output), "iterations")
     newest = checkpoint.latest(output)
     assert newest is not None
     done = checkpoint.state_of(newest)["updates"]["generator"]

@@ -1,6 +1,5 @@
 """Two processes that make the same caches at the same time, on two machines by their numbers."""
 
-import hashlib
 import os
 import pickle
 import traceback
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from faults import Lost, contents, lost_files
 from PIL import Image
 from test_cache import folder
 
@@ -60,21 +60,14 @@ def at_once(work: Callable[[], Any], processes: int = 2) -> list[Any]:
     return answers
 
 
-def contents(root: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(root.rglob("*"))
-        if p.is_file()
-    }
-
-
 def drawn(prompts: list[str], seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (len(prompts), 3, 32, 32), dtype=np.uint8)
 
 
+@pytest.mark.fault("processes: two make a cache at once", "begun together, each in its own process")
 def test_caches_that_two_make_at_once_are_those_of_one(
-    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Lost
 ) -> None:
     monkeypatch.setattr(cache, "PROMPTS", 2)
     monkeypatch.setattr(cache, "PICTURES", 2)
@@ -101,4 +94,5 @@ def test_caches_that_two_make_at_once_are_those_of_one(
         root = tmp_path / f"{k}"
         for answer in at_once(lambda root=root: work(root)):
             assert answer == alone, answer if isinstance(answer, str) else "other contents"
+        lost(lost_files(expected, root), "files")
         assert contents(root) == expected  # and nothing half written is left

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import Lost
 from networks import STEPS, D, Estimator
 from torch import Tensor, nn
 
@@ -218,9 +219,10 @@ def test_warm_up_counts_a_networks_own_updates() -> None:
     assert rates[::5] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.fault("numbers: a loss that is not finite", "one update's, times NaN or infinity")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("update", ["generator", "score", "discriminator", "preference"])
-def test_an_update_that_is_not_finite_is_skipped(update: Update, value: float) -> None:
+def test_an_update_that_is_not_finite_is_skipped(update: Update, value: float, lost: Lost) -> None:
     """Neither its networks nor its counts are changed, and what it was is kept."""
     stage: Stage = "rl" if update == "preference" else "distill"
     t, (name,) = trainer(stage, Method(beta=5.0, score_coupling=1.0)), FlashDMD.trains[update]
@@ -242,6 +244,7 @@ def test_an_update_that_is_not_finite_is_skipped(update: Update, value: float) -
     assert t.state.updates[name] == counts[name]
     assert all(map(torch.equal, state_of(t)[name], moments[name]))
     assert record[f"{update}/skipped"] == 1
+    lost(counts[name] + 1 - t.state.updates[name], "updates")
     assert all(map(math.isfinite, record.values()))
     assert t.bad is not None
     assert (t.bad.facts["iteration"], t.bad.facts["stage"]) == (n, stage)

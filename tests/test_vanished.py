@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from faults import Lost, lost_iterations
 from test_batches import folder
 from test_data_tars import examples, tar
 from test_faults import Run
@@ -90,12 +91,18 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "go", "workers", "says"),
     [
-        (pictures, move, 1, "data is not there any more, or empty"),
-        (tars, cut, 0, "x.tar was changed since it was listed"),
+        pytest.param(
+            *(pictures, move, 1, "data is not there any more, or empty"),
+            marks=pytest.mark.fault("data: the folder vanishes", "moved away while a run iterates"),
+        ),
+        pytest.param(
+            *(tars, cut, 0, "x.tar was changed since it was listed"),
+            marks=pytest.mark.fault("data: a tar is cut off", "truncated while a run iterates"),
+        ),
     ],
 )
 def test_data_that_go_are_named_and_the_run_goes_on_when_they_are_back(
-    make: Change, go: Change, workers: int, says: str, teacher: Path, tmp_path: Path
+    make: Change, go: Change, workers: int, says: str, teacher: Path, tmp_path: Path, lost: Lost
 ) -> None:
     place = tmp_path / "data"
     make(place)
@@ -112,6 +119,7 @@ def test_data_that_go_are_named_and_the_run_goes_on_when_they_are_back(
     assert made[-1] < LAST
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["iteration"] == made[-1]
+    lost(lost_iterations(tmp_path / "run"), "iterations")
     shutil.rmtree(place, ignore_errors=True)
     (tmp_path / "aside").rename(place)
     run.train(asked, progress=progress)
@@ -158,7 +166,10 @@ def test_other_data_begin_another_run(teacher: Path, tmp_path: Path) -> None:
     assert made[-1] == LAST
 
 
-def test_a_cache_that_goes_is_named_and_made_again(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("data: a cache vanishes", "its files removed or cut off while a run iterates")
+def test_a_cache_that_goes_is_named_and_made_again(
+    teacher: Path, tmp_path: Path, lost: Lost
+) -> None:
     pictures(tmp_path / "data")
     asked = recipe(teacher, tmp_path, cache_latents=True, cache_text_embeddings=True)
     made: list[int] = []
@@ -174,6 +185,7 @@ def test_a_cache_that_goes_is_named_and_made_again(teacher: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"embeddings-\w+\.safetensors.*cannot be read any more"):
         run.train(asked, progress=progress)
     assert made[-1] == AT
+    lost(lost_iterations(tmp_path / "run"), "iterations")
     run.train(asked, progress=progress)
     assert made[-1] == LAST
 
@@ -192,7 +204,8 @@ def test_a_file_of_a_cache_that_is_gone_or_torn_is_named(size: int | None, tmp_p
         kept(["a"])
 
 
-def test_the_command_ends_with_2(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("data: the folder is removed", "rm -r while the command draws ahead of it")
+def test_the_command_ends_with_2(teacher: Path, tmp_path: Path, lost: Lost) -> None:
     pictures(tmp_path / "data")
     recipe(teacher, tmp_path, dataloader_num_workers=1)
     ran = Run(tmp_path / "recipe.yaml", tmp_path / "said")
@@ -205,3 +218,4 @@ def test_the_command_ends_with_2(teacher: Path, tmp_path: Path) -> None:
     assert f"flashdmd: {tmp_path / 'data'} is not there any more" in said
     assert "Traceback" not in said
     assert checkpoint.latest(tmp_path / "run")
+    lost(lost_iterations(tmp_path / "run"), "iterations")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import random
 import re
 import signal
 import time
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from faults import Lost, lost_iterations
 from test_batches import DISTIL, FOLLOW, MADE, PREFER, drawn, folder, same
 from test_faults import Run
 
@@ -125,21 +127,31 @@ def test_workers_draw_ahead() -> None:
         assert workers(5) > asked
 
 
+@pytest.mark.fault("data: a worker is killed", "SIGKILL of one of two, then of both")
 def test_a_worker_that_is_killed_costs_nothing_but_time(
-    teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    teacher: Teacher,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    lost: Lost,
+    chance: random.Random,
 ) -> None:
     made = Batches(teacher, folder(tmp_path / "x"), Method(), 4, 0)
     with_workers = replace(made, workers=2, order=ORDER)
+    others = 0
     try:
         for n in range(12):
             updates = ORDER[n % 3]
-            for worker in with_workers.ahead.running[: {3: 2, 7: 1}.get(n, 0)]:
+            if killed := {3: 2, 7: 1}.get(n, 0):
+                time.sleep(chance.uniform(0, 0.02))  # about as long as a batch takes
+            for worker in with_workers.ahead.running[:killed]:
                 os.kill(worker.process.pid, signal.SIGKILL)
-            assert same(drawn(with_workers, n, updates)[0], drawn(made, n, updates)[0])
+            others += not same(drawn(with_workers, n, updates)[0], drawn(made, n, updates)[0])
             assert len(children(os.getpid())) == 2
     finally:
         with_workers.close()
     assert not children(os.getpid())
+    lost(others, "batches")
+    assert not others
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert all(
@@ -247,9 +259,10 @@ def begun(path: Path) -> tuple[Run, list[int]]:
     return run, workers
 
 
+@pytest.mark.fault("stop: Ctrl-C, or SIGTERM to a group", "killpg of a run and its data workers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_with_all_its_group_saves_and_leaves_no_one(
-    number: signal.Signals, teacher: Teacher, tmp_path: Path
+    number: signal.Signals, teacher: Teacher, tmp_path: Path, lost: Lost
 ) -> None:
     (tmp_path / "teacher").symlink_to(teacher.folder)
     folder(tmp_path / "pictures")
@@ -259,7 +272,8 @@ def test_a_run_that_is_stopped_with_all_its_group_saves_and_leaves_no_one(
     assert code == 130, said
     assert "saved in" in said
     assert "Traceback" not in said
-    assert list((tmp_path / "run").glob("checkpoint-*"))
+    lost(lost_iterations(tmp_path / "run"), "iterations")
+    assert lost_iterations(tmp_path / "run") == 0
     assert not any(map(there, workers))
     with pytest.raises(ProcessLookupError):
         os.killpg(run.process.pid, 0)
