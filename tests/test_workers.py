@@ -127,7 +127,7 @@ def test_workers_draw_ahead() -> None:
         assert workers(5) > asked
 
 
-@pytest.mark.fault("data: a worker is killed", "SIGKILL of one of two, then of both")
+@pytest.mark.fault("data: a worker is killed", "SIGKILL of both of two, later of one")
 def test_a_worker_that_is_killed_costs_nothing_but_time(
     teacher: Teacher,
     tmp_path: Path,
