@@ -1,5 +1,6 @@
 """Faults, injected for real into a run in its own process: its end, its words, what is left."""
 
+import atexit
 import json
 import logging
 import multiprocessing
@@ -58,6 +59,7 @@ class Run:
 
         self.process = multiprocessing.get_context("fork").Process(target=work)
         self.process.start()
+        atexit.register(self.process.kill)  # of a test that failed: else it is waited for
 
     def end(self) -> tuple[int | None, str]:
         self.process.join(SECONDS)
