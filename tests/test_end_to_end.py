@@ -447,6 +447,7 @@ def test_the_table_and_the_report_are_written(
     assert picture.shape == (64, 64, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["score"], indirect=True)  # of either the arms are the same
 def test_every_arm_stands_in_one_table(
     folders: dict[str, Path], family: str, tmp_path: Path

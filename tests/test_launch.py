@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from flashdmd import checkpoint, config, run
 
+pytestmark = pytest.mark.slow  # two or three processes that import everything, in each
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SECONDS = 240
