@@ -126,7 +126,7 @@ def test_data_that_go_are_named_and_the_run_goes_on_when_they_are_back(
     assert made[-1] == LAST
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     pass
 
 
@@ -157,7 +157,7 @@ def test_other_data_begin_another_run(teacher: Path, tmp_path: Path) -> None:
     ):
         change()
         before = written(output)
-        with pytest.raises(UserError, match="not those that .*checkpoint-1 learned on.*put back"):
+        with pytest.raises(UserError, match=r"not those that .*checkpoint-1 learned on.*put back"):
             run.train(asked, progress=progress)
         assert written(output) == before
         shutil.rmtree(place)
