@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from flashdmd import distributed
 from flashdmd.data.listing import MOST_LEFT_OUT, TELL_AFTER
 from flashdmd.data.source import PictureSource
 from flashdmd.errors import GOES_ON, UserError
@@ -37,7 +38,8 @@ def fingerprint(*parts: str | Mapping[str, Tensor]) -> str:
     """Tells networks' weights, given as state dicts, and settings, given as texts, from others.
 
     Of each tensor: name, type, shape, the bytes of some values and the sum of all as integers,
-    which is exact, so that the order and device of the summation do not matter.
+    which is exact, so that the order and device of the summation do not matter. Of sharded ones
+    all processes have to call, and each is whole for as long as it is looked at.
     """
     told = [
         part.encode() if isinstance(part, str) else b"".join(map(fact, sorted(part.items())))
@@ -48,7 +50,12 @@ def fingerprint(*parts: str | Mapping[str, Tensor]) -> str:
 
 def fact(named: tuple[str, Tensor]) -> bytes:
     name, tensor = named
-    flat = tensor.detach().contiguous().flatten().view(INTEGERS[tensor.element_size()])
+    flat = (
+        distributed.gathered(tensor.detach())
+        .contiguous()
+        .flatten()
+        .view(INTEGERS[tensor.element_size()])
+    )
     some = flat[:: max(1, len(flat) // SAMPLED)].cpu().numpy().tobytes()
     total = int(flat.sum(dtype=torch.int64))
     return f"{name} {tensor.dtype} {tuple(tensor.shape)} {total} ".encode() + some

@@ -5,6 +5,8 @@ MASTER_PORT. Every process draws the same batches and works through its own rows
 are averaged. One process is the case in which nothing here does anything.
 """
 
+import copy
+import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,9 @@ from flashdmd.errors import UserError
 
 T = TypeVar("T")
 BUCKET = 2**24  # numbers that travel together
+PARTS = 16  # of a network: what is put together at a time holds no more than one of so many
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h: bytes from which memory is the system's once freed
+FILES = 64  # of a process's shares of a checkpoint, at most some more
 TIMEOUT = "FLASHDMD_TIMEOUT_MINUTES"  # how long a process waits for the others; 30 unless set
 
 
@@ -132,12 +137,12 @@ def average(tensors: Sequence[Tensor]) -> None:
             t.copy_(mean.view_as(t))
 
 
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, as many as `BUCKET` numbers or one."""
+def buckets(tensors: Iterable[Tensor], most: int = BUCKET) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, as many as `most` numbers or one."""
     bucket: list[Tensor] = []
     size = 0
     for t in tensors:
-        if bucket and (size + t.numel() > BUCKET or t.dtype != bucket[0].dtype):
+        if bucket and (size + t.numel() > most or t.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(t)
@@ -186,12 +191,54 @@ def lost(error: RuntimeError) -> bool:
 def shard(network: nn.Module) -> None:
     """Leaves each process a share of the weights, and so of gradients and moments (FSDP2).
 
-    The parts of the network's lists of blocks are put together when they run, one at a time.
+    Its parts are put together when they run, one at a time.
     """
     mesh = init_device_mesh(device(), (ranks(),))
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    for block in [block for one in lists for block in one] + [network]:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    for part in [*parts(network, count(network) // PARTS), network]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device() == "cpu" and mallopt:  # glibc would keep what parts that come and go leave behind
+        mallopt(M_MMAP_THRESHOLD, 2**17)
+
+
+def parts(module: nn.Module, most: int) -> Iterator[nn.Module]:
+    """Those of lists, and the largest others until no more than `most` numbers are left: the levels
+    of a UNet are few and large.
+    """
+    left = count(module)
+    for child in sorted(module.children(), key=count, reverse=True):
+        if count(child) and (left > most or isinstance(module, nn.ModuleList)):
+            yield from parts(child, most)
+            if not isinstance(child, nn.ModuleList):
+                yield child
+            left -= count(child)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def outline(network: nn.Module) -> nn.Module:
+    """A copy that learns in float32 but has no weights yet: `deal` makes room for shares of them.
+
+    So no process ever holds it whole.
+    """
+    weights = {
+        id(p): nn.Parameter(torch.empty_like(p, dtype=torch.float32, device="meta"), False)
+        for p in network.parameters()
+    }
+    return copy.deepcopy(network, weights)
+
+
+def deal(outline: nn.Module) -> None:
+    """Shards what `outline` made; its weights may then be filled. One that is sharded stays."""
+    if isinstance(outline, FSDPModule):
+        return
+    buffers = {name: buffer.clone() for name, buffer in outline.named_buffers()}
+    shard(outline)
+    outline.to_empty(device=device())
+    for name, buffer in outline.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def plain(network: nn.Module) -> type[nn.Module]:
@@ -202,15 +249,16 @@ def plain(network: nn.Module) -> type[nn.Module]:
 
 def number(value: Tensor) -> float:
     """Of one that each process may have a share of, such as a norm."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+    return float(gathered(value))
 
 
 def fill(own: Tensor, whole: Tensor) -> None:
-    """Writes a whole tensor to one that each process may have a share of.
+    """Writes a tensor, whole or shared alike, to one that each process may have a share of.
 
     Raises RuntimeError for one of another shape.
     """
-    if isinstance(own, DTensor) and own.shape == whole.shape:
+    dealt = isinstance(whole, DTensor) or own.shape != whole.shape
+    if isinstance(own, DTensor) and not dealt:
         mesh, where = own.device_mesh, own.placements
         own.copy_(distribute_tensor(whole.to(own.device), mesh, where, src_data_rank=None))
     else:
@@ -221,10 +269,15 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the processor of the first process; the others, who have to call as well, get nothing."""
     found = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = gathered(tensor)
         if first():
             found[name] = full.detach().cpu()
     return found
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Whole, in all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shards(tensors: Mapping[str, Tensor]) -> bool:
@@ -232,8 +285,14 @@ def shards(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """A safetensors file of each process with its shares; all of them have to call."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    """Safetensors files of each process with its shares; all of them have to call.
+
+    Several, for each is put together in memory, twice, before it is written.
+    """
+    most = max(BUCKET, sum(t.numel() for t in tensors.values()) // FILES)
+    names, cut = iter(tensors), buckets(tensors.values(), most)
+    files = {next(names): n for n, bucket in enumerate(cut, start=1) for _ in bucket}
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     save_state(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
 
 

@@ -64,7 +64,7 @@ class Session:
     student: NetworkDenoiser  # what a stage leaves: the generator, averaged unless ema_decay is 0
     latents: Latents | None = None  # of the real pictures, where they were encoded before
     reward: RewardModel | None = None  # of stage 2
-    anchor: NetworkDenoiser | None = None  # the reference of stage 2; None: made when it begins
+    anchor: NetworkDenoiser | None = None  # outline of the reference of stage 2; None: a twin is it
     prompts: tuple[str, ...] = ()  # none: the captions
     data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
     identity: str = ""  # of pictures and prompts
@@ -151,8 +151,7 @@ class Session:
         """The generator as it is now, frozen."""
         if self.anchor is None:
             return self.generator.twin("reference")
-        self.anchor.take(self.generator)
-        return self.anchor
+        return self.anchor.dealt(self.generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """What the discriminator sees of latents: all, or a crop of each."""
@@ -168,13 +167,9 @@ class Session:
             "generator": replace(self.learners["generator"], learning_rate=rate)
         }
 
-    def fingerprint_of_student(self) -> str:
-        weights = distributed.whole(checkpoint.trained(self.student))
-        return fingerprint(weights) if weights else ""
-
     def take_over(self) -> None:
         """Stage 2 refines the student that stage 1 left, and is held to it as the reference."""
-        self.reference = distributed.told(self.fingerprint_of_student())
+        self.reference = fingerprint(checkpoint.trained(self.student))
         if self.student is not self.generator:
             self.generator.take(self.student)
 
@@ -284,14 +279,15 @@ class Learning(NamedTuple):
     generator: NetworkDenoiser
     score: NetworkDenoiser
     student: NetworkDenoiser
-    anchor: NetworkDenoiser | None  # the reference of stage 2, where it cannot be made later
+    anchor: NetworkDenoiser | None  # outline of the reference of stage 2: shares have no twin
 
 
 def learning(recipe: Recipe, teacher: Teacher) -> Learning:
     """Copies of the teacher's network, or with LoRA adapters on it, equal from the start (so their
     factors may be coupled, see docs/paper.md).
 
-    A process of a sharded run holds two whole networks at a time and its share of the others.
+    A process of a sharded run holds one whole network, the teacher's, until the others are dealt
+    out, and then its share of all.
     """
     lora, frozen = recipe.lora, teacher.denoiser
     if lora.rank:
@@ -299,31 +295,26 @@ def learning(recipe: Recipe, teacher: Teacher) -> Learning:
         adapter = Adapter(lora.rank, float(lora.lora_alpha or lora.rank), layers)
         quantise_base(frozen.network, recipe.model.quantize_base)
         teacher.denoiser = AdapterDenoiser(frozen.network, frozen.family, frozen.process, adapter)
-    generator, saves = teacher.trainable_copy("student"), recipe.train.gradient_checkpointing
-    if start := recipe.model.student_model_name_or_path:
-        export.read_student(generator, Path(start))  # mu_psi estimates its score, whoever that is
     sharded = recipe.train.sharded and distributed.ranks() > 1
+    saves = recipe.train.gradient_checkpointing
     if saves and teacher.pipeline.vae._supports_gradient_checkpointing:  # Qwen's and Sana's cannot
         save_memory(teacher.pipeline.vae)
 
-    def twin(name: str) -> NetworkDenoiser:
-        other = generator.twin(name)
+    def twin(of: NetworkDenoiser, name: str) -> NetworkDenoiser:
+        other = frozen.outline().dealt(of) if sharded else of.twin(name)
         if saves:
             save_memory(other.network)
-        if sharded:
-            distributed.shard(other.network)
         return other
 
-    score = twin("score").requires_grad_(True)
-    student = twin("average") if recipe.train.ema_decay > 0 else generator
-    refines = recipe.train.joint_train_steps > 0
-    anchor = twin("reference") if sharded and refines else None  # there is no twin of shares
-    if saves:
-        save_memory(generator.network)
+    generator = twin(teacher.denoiser, "student").requires_grad_(True)
+    if start := recipe.model.student_model_name_or_path:
+        export.read_student(generator, Path(start))  # mu_psi estimates its score, whoever that is
+    score = twin(generator, "score").requires_grad_(True)
+    student = twin(generator, "average") if recipe.train.ema_decay > 0 else generator
+    anchor = frozen.outline() if sharded and recipe.train.joint_train_steps > 0 else None
     if not lora.rank:
         teacher.hold(recipe.model.frozen_dtype)
     if sharded:
-        distributed.shard(generator.network)
         distributed.shard(teacher.denoiser.network)
     return Learning(generator, score, student, anchor)
 

@@ -101,15 +101,17 @@ class NetworkDenoiser(nn.Module):
     def merged(self) -> nn.Module:
         """The network alone, what was learned in its weights.
 
-        Of a sharded one a whole copy, on the processor of the first process; all have to call.
+        Of a sharded one a whole copy to be written, on the processor of the first process; the
+        others, who have to call as well, get one without weights.
         """
         if not distributed.shards(dict(self.network.named_parameters())):
             return self.network
         weights = distributed.whole(self.network.state_dict())
         kind: Any = distributed.plain(self.network)
-        network: nn.Module = kind.from_config(self.network.config)
+        with torch.device("meta"):
+            network: nn.Module = kind.from_config(self.network.config)
         if weights:
-            network.load_state_dict(weights)
+            network.load_state_dict(weights, assign=True)
         return network
 
     def twin(self, name: str) -> "NetworkDenoiser":
@@ -120,11 +122,22 @@ class NetworkDenoiser(nn.Module):
         other = copy.deepcopy(self).float()
         return other.requires_grad_(False).eval()
 
+    def outline(self) -> "NetworkDenoiser":
+        """A twin without weights, which take memory only when it is dealt out."""
+        network = distributed.outline(self.network)
+        return NetworkDenoiser(network, self.family, self.process).eval()
+
+    def dealt(self, other: nn.Module) -> "NetworkDenoiser":
+        """This outline dealt out over the processes, with the weights of another."""
+        distributed.deal(self.network)
+        self.take(other)
+        return self
+
     @torch.no_grad()
     def take(self, other: nn.Module) -> None:
         """The weights of another of the same shape."""
         for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            mine.copy_(theirs)
+            distributed.fill(mine, theirs)
 
     def bottleneck(
         self, x_t: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], cond: Cond
