@@ -350,13 +350,17 @@ def figure_rows(evidence: dict[str, dict[str, Any] | None]) -> list[tuple[str, s
         figures = [Figure(**told) for told in measured["figures"]]
         rows += [(f.name, f"{f.most:.2g} {f.unit}".rstrip() + at_most(f)) for f in figures]
     if sharded := evidence["sharded"]:
-        ranks = " and ".join(f"{mib:.0f}" for mib in sharded["rank_mib"])
-        rows.append(
+        stages = {name: told for name, told in sharded.items() if name.startswith("stage ")}
+        rows += [
             (
-                "sharded over two processes: peak memory of one, of what it is in one process",
-                f"{sharded['ratio']:.2f} ({ranks} of {sharded['whole_mib']:.0f} MiB)",
+                f"sharded over two processes, {name}: peak memory of one, of what it is in one "
+                f"process ({sharded['parameters'] / 1e6:.0f} M parameters)",
+                f"{told['ratio']:.2f} ({' and '.join(f'{mib:.0f}' for mib in told['rank_mib'])} of "
+                f"{told['whole_mib']:.0f} MiB); {told['ratio_above_baseline']:.2f} above what a "
+                "process holds after its imports",
             )
-        )
+            for name, told in stages.items()
+        ]
     if overhead := evidence["overhead"]:
         low, high = overhead["ci95"]
         rows.append(

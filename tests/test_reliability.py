@@ -92,3 +92,23 @@ def test_a_failure_counts_as_not_survived_and_what_was_lost_as_a_span(
     assert "| one | so | 4 | 2 | files: 0 to 2 |" in page
     assert "| wait | 1.5 s at most |" in page
     assert "Not measured yet: kills, sharded, overhead." in page
+
+
+def test_figures_of_the_other_benchmarks_are_shown_as_they_write_them(reliability: Any) -> None:
+    """The keys are those of benchmarks/sharded.py and benchmarks/overhead.py."""
+    stage = {"whole_mib": 2000.0, "rank_mib": [1100.0, 1090.0], "ratio": 0.55}
+    sharded = {
+        "made_by": "python benchmarks/sharded.py", "parameters": 158_000_000, "baseline_mib": 400,
+        "versions": {"torch": "0"}, "stage 1": stage | {"ratio_above_baseline": 0.44},
+    }  # fmt: skip
+    overhead = {"on_ms": 101.4, "off_ms": 100.2, "ratio": 1.012, "ci95": [1.001, 1.023]}
+    newest = {"times": 2, "rows": [], "figures": [], "versions": {"torch": "1"}}
+    page = reliability.page(
+        {"reliability": newest, "kills": None, "sharded": sharded, "overhead": overhead}
+    )
+    assert "stage 1: peak memory of one, of what it is in one process (158 M parameters) |" in page
+    assert "| 0.55 (1100 and 1090 of 2000 MiB); 0.44 above what" in page
+    assert "| 1.012 (95 %: 1.001 to 1.023; 101 and 100 ms) |" in page
+    assert "`evidence/sharded.json` is of other ones. Versions: torch 0." in page
+    assert "overhead.json` is of other" not in page  # it names none
+    assert "Not measured yet: kills.\n" in page
