@@ -38,6 +38,7 @@ EXCEPTIONS = {  # (file, what): why
 MODULES = {
     ("data/workers.py", "pickle"): "of processes that it forked itself, by their pipes",
     ("data/workers.py", "ctypes"): "libc's prctl: a worker ends with its parent",
+    ("distributed.py", "ctypes"): "libc's mallopt: memory goes back to the system",
 }
 IMPORTS = {  # (file, the argument): modules that are imported by a name that is put together
     ("models/meta.py", "library"): "those of LIBRARIES, see refuse_foreign",
