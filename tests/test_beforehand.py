@@ -1,10 +1,12 @@
 """What does not go together is found before the first model is loaded, with exit code 2."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors
 import safetensors.torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from flashdmd import beforehand, cli, config, loading, run, session
 from flashdmd.emoji.world import ASSETS
+from flashdmd.errors import UserError
 
 NOWHERE = "model.pretrained_model_name_or_path=nowhere/at-all"
 ONLY = ("train.joint_train_steps=0", "model.reward_model_name_or_path=null")
@@ -75,6 +78,8 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
             ["model.student_model_name_or_path=out/student", "output_dir=out"],
             "inside output_dir",
         ),
+        ([*DMD2, "discriminator.augment=[cutout]"], "looks at latents"),
+        ([*DMD2, "method.real_images=raw"], "looks at latents"),
         ([*DMD2, "method.score_coupling=0.9"], "never sees the student's weights"),
         ([*DMD2, "data.prompts=p.txt"], "judges real latents"),
         (["train.arm=dmd2"], "no second stage"),
@@ -102,11 +107,12 @@ def test_the_embedded_teachers_have_no_parts_from_elsewhere(
 
 
 def test_another_arm_leaves_the_discriminator_of_pictures_behind() -> None:
-    critic = "discriminator.augment=[cutout]"
-    recipe = config.read("emoji-score", [critic, "output_dir=x"])
+    own = ["discriminator.augment=[cutout]", "method.real_images=raw"]
+    recipe = config.read("emoji-score", [*own, "output_dir=x"])
     given = json.loads(recipe.model_dump_json())
     switched = config.build(config.apply(given, list(DMD2)), "it")
     assert switched.discriminator == config.Critic()
+    assert switched.method.real_images == "decoded"
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +225,31 @@ def test_packages_that_are_not_there(
 @pytest.mark.parametrize("name", ["emoji-score", "emoji-flow"])
 def test_the_embedded_recipes_pass_without_a_weight(name: str) -> None:
     beforehand.check(config.read(name, []))
+
+
+def test_a_revision_is_judged_by_its_own_configurations(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, with that revision alone in the hub's cache, and its files are not those of main."""
+    home = tmp_path / "models--someone--something"
+    shutil.copytree(teacher, home / "snapshots" / ("1" * 40))
+    (home / "refs").mkdir()
+    (home / "refs/v1").write_text("1" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = {
+        "pretrained_model_name_or_path": "someone/something",
+        "reward_model_name_or_path": None,
+    }
+    content = {"model": model | {"revision": "v1"}, "train": {"joint_train_steps": 0}}
+    beforehand.check(config.build(content, "it"))
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        beforehand.check(config.build({**content, "model": model}, "it"))
+
+
+def test_a_reward_that_is_not_there_is_not_blamed_on_the_teacher(teacher: Path) -> None:
+    model = {"pretrained_model_name_or_path": str(teacher), "reward_model_name_or_path": "nowhere"}
+    with pytest.raises(UserError) as told:
+        beforehand.check(config.build({"model": model}, "it"))
+    assert "nowhere" in str(told.value)
+    assert str(teacher) not in str(told.value)

@@ -23,6 +23,14 @@ def load(text: str, tmp_path: Path, *overrides: str) -> Recipe:
     return config.load(path, list(overrides))
 
 
+@pytest.mark.parametrize(
+    "word", ["08", "1e5", "0o17", "1234e56", "<<", "=", "~", "null", "no", "2024-01-01", "1_0", "-"]
+)
+def test_what_looks_like_something_else_is_written_as_a_word(word: str, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"output_dir": word, "validation": {"prompts": [word, "a"]}})
+    assert load(config.dump(recipe), tmp_path) == recipe
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_the_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     recipe = config.load(path, [])

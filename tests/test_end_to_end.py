@@ -54,12 +54,13 @@ def recipe(folders: dict[str, Path], output: Path, family: str, *more: str) -> R
         "train.max_train_steps=2",
         "train.joint_train_steps=1",
         "train.checkpointing_steps=1",
-        "discriminator.width=8",
         "train.gan_calibration_steps=[0, 1]",
         "train.mixed_precision=no",
         "validation.num_prompts=8",
         "validation.teacher_steps=5",
     ]
+    if "train.arm=dmd2" not in more:
+        changes.append("discriminator.width=8")
     return config.load(shipped, [*changes, *more])
 
 

@@ -124,7 +124,7 @@ def evenly(teacher: Teacher, n: int) -> tuple[int, ...]:
 
 def check_plain_call(teacher: Teacher, steps: tuple[int, ...], tmp_path: Path) -> None:
     """Same noises, same picture: the first is given, the later ones are drawn in the same order."""
-    student = teacher.trainable_copy()
+    student = teacher.denoiser.twin("student").requires_grad_(True)
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.02 * torch.randn_like(p))

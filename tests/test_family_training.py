@@ -171,7 +171,7 @@ def learner(folder: Path, rank: int) -> tuple[Teacher, NetworkDenoiser]:
     if rank:
         adapter = Adapter(rank, float(rank), teacher.family.lora_layers)
         teacher.denoiser = AdapterDenoiser(d.network, d.family, d.process, adapter)
-    student = teacher.trainable_copy()
+    student = teacher.denoiser.twin("student").requires_grad_(True)
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.02 * torch.randn_like(p))

@@ -360,7 +360,7 @@ def test_stage_2_may_ask_it(kind: str, folders: dict[str, Path], tmp_path: Path)
     teacher = load_pipeline(folders[kind])
     reward = load(tmp_path / "reward", teacher.process, teacher.pipeline.vae)
     steps = teacher.default_steps
-    generator = teacher.trainable_copy()
+    generator = teacher.denoiser.twin("student").requires_grad_(True)
     algorithm = networks.flash(
         teacher.process,
         split(steps),

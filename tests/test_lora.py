@@ -39,7 +39,7 @@ def adapted(folder: Path) -> tuple[Teacher, AdapterDenoiser, AdapterDenoiser]:
     d = teacher.denoiser
     adapter = Adapter(4, 4.0, teacher.family.lora_layers)
     teacher.denoiser = AdapterDenoiser(d.network, d.family, d.process, adapter)
-    student = teacher.trainable_copy("student")
+    student = teacher.denoiser.twin("student").requires_grad_(True)
     score = student.twin("score")
     assert isinstance(student, AdapterDenoiser)
     for p in (*student.parameters(), *score.parameters()):
@@ -57,7 +57,7 @@ def test_an_adapter_that_is_new_changes_nothing(folder: Path) -> None:
     d = teacher.denoiser
     adapter = Adapter(4, 4.0, teacher.family.lora_layers)
     teacher.denoiser = AdapterDenoiser(d.network, d.family, d.process, adapter)
-    student = teacher.trainable_copy("student")
+    student = teacher.denoiser.twin("student").requires_grad_(True)
     expected = plain.denoiser(*asked(plain))
     torch.testing.assert_close(student(*asked(teacher)), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(teacher.denoiser(*asked(teacher)), expected, atol=1e-6, rtol=1e-6)

@@ -140,7 +140,7 @@ def test_pictures_survive_the_autoencoder(teacher: Teacher) -> None:
 
 def test_a_student_is_called_plainly(teacher: Teacher, tmp_path: Path) -> None:
     """The stock call on the written folder is our walk, at the times that its scheduler has."""
-    student = teacher.trainable_copy()
+    student = teacher.denoiser.twin("student").requires_grad_(True)
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.02 * torch.randn_like(p))

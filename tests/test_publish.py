@@ -48,13 +48,13 @@ def run_of_lora(teacher: Teacher) -> Path:
     d, adapter = plain.denoiser, Adapter(4, 2.0, plain.family.lora_layers)
     plain.denoiser = AdapterDenoiser(d.network, d.family, d.process, adapter)
     plain.resolution = SIDE
-    student = disturbed(plain.trainable_copy(), 0.2)
+    student = disturbed(plain.denoiser.twin("student").requires_grad_(True), 0.2)
     return written(plain, student, teacher.folder.with_name("lora-run"))
 
 
 @pytest.fixture(scope="module")
 def run_of_full(teacher: Teacher) -> Path:
-    student = disturbed(teacher.trainable_copy(), 0.03)
+    student = disturbed(teacher.denoiser.twin("student").requires_grad_(True), 0.03)
     return written(teacher, student, teacher.folder.with_name("full-run"))
 
 

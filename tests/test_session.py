@@ -221,7 +221,7 @@ def test_the_reward_is_asked_about_the_prompts_that_the_student_was_given(
 def test_student_and_score_estimator_start_from_the_student_that_is_named(
     teacher: Teacher, tmp_path: Path
 ) -> None:
-    student = teacher.trainable_copy()
+    student = teacher.denoiser.twin("student").requires_grad_(True)
     disturb(student)
     student.network.save_pretrained(tmp_path / "student/unet")
     notes = {"student_timesteps": [999], "teacher_guidance_scale": 2, "averaged_updates": 7}

@@ -1,11 +1,13 @@
 """Sharded runs: the updates of one process, half of its memory, checkpoints for any number."""
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_data_buckets
 import tiny
 import torch
 from faults import Figure
@@ -13,10 +15,11 @@ from processes import together
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from flashdmd import checkpoint, distributed
+from flashdmd import beforehand, checkpoint, distributed
 from flashdmd.algorithm import Stage
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
+from flashdmd.errors import UserError
 from flashdmd.export import read_student, write_student
 from flashdmd.memory import held
 from flashdmd.models.teacher import load_pipeline
@@ -42,7 +45,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
-def session(folder: Path, sharded: bool = True, **train: Any) -> Session:
+def session(
+    folder: Path, sharded: bool = True, data: dict[str, Any] | None = None, **train: Any
+) -> Session:
     """With the rates of full fine-tuning, and a backbone without a corner: a unit of ReLU6 that
     rounding takes across one changes a student's gradient by 1e-4 to 1e-3.
     """
@@ -55,6 +60,7 @@ def session(folder: Path, sharded: bool = True, **train: Any) -> Session:
         },
         "method": {"beta": 5.0, "teacher_guidance_scale": 2.0, "student_timesteps": STEPS[kind]},
         "discriminator": {"backbone": str(folder.with_name("backbone"))},
+        "data": data or {},
         "train": small | {"sharded": sharded, "ema_decay": 0.5} | train,
     }
     return open_session(Recipe.model_validate(content))
@@ -214,3 +220,51 @@ def test_each_process_holds_half(folder: Path) -> None:
     alone = work(False)
     for mine in together(lambda: work(True)):
         assert 0.5 * alone <= mine < 0.6 * alone
+
+
+def test_processes_with_other_pictures_are_told(folder: Path, tmp_path: Path) -> None:
+    """Else each would draw batches of its own."""
+
+    def work() -> str:
+        here = tmp_path / str(distributed.rank())
+        test_data_buckets.folder(here / "data", wide=3, square=3 + distributed.rank())
+        os.chdir(here)
+        with pytest.raises(UserError, match="differ in pictures, captions or prompts"):
+            session(folder, data={"train_data_dir": "data"})
+        return "told"
+
+    assert together(work) == ["told"] * 2
+
+
+def test_a_student_of_several_files_is_read_back(folder: Path, tmp_path: Path) -> None:
+    """Beyond 10 GB, as SDXL's in float32, diffusers writes them by itself."""
+    teacher = load_pipeline(folder)
+    network, unet = teacher.denoiser.network, tmp_path / "student/unet"
+    network.save_pretrained(unet, max_shard_size="50KB")
+    assert len(list(unet.glob("*.safetensors"))) > 2
+    for ranks in (1, 2):
+
+        def work() -> Any:
+            run = session(folder)
+            with torch.no_grad():
+                for p in run.generator.parameters():
+                    p.zero_()
+            run.generator.requires_grad_(False)
+            read_student(run.generator, tmp_path / "student")
+            return distributed.whole(run.generator.network.state_dict())
+
+        read = work() if ranks == 1 else together(work)[0]
+        assert all(torch.equal(read[k], v) for k, v in network.state_dict().items())
+    started = {"student_model_name_or_path": str(tmp_path / "student")}
+    model = {"pretrained_model_name_or_path": str(folder), "reward_model_name_or_path": None}
+    beforehand.check(
+        Recipe.model_validate({"model": model | started, "train": {"joint_train_steps": 0}})
+    )
+    index = next(unet.glob("*.index.json"))
+    for text, says in (
+        ("[]", "cannot be read"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "beside"),
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=says):
+            read_student(teacher.denoiser.twin("student"), tmp_path / "student")

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from test_batches import folder
 from test_data_tars import examples, tar
 from test_faults import Run
 
-from flashdmd import checkpoint, config, run
-from flashdmd.cache import Embeddings
+from flashdmd import cache, checkpoint, config, run
+from flashdmd.cache import Embeddings, Latents
 from flashdmd.config import Recipe
+from flashdmd.data import open_data
 from flashdmd.errors import UserError
+from flashdmd.sources import identity
 
 Change = Callable[[Path], object]
 AT, LAST = 2, 8  # generator updates: after which the data go, of all
@@ -162,7 +165,14 @@ def test_other_data_begin_another_run(teacher: Path, tmp_path: Path) -> None:
         assert written(output) == before
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "as it was", place, copy_function=shutil.copyfile)
-    run.train(asked, progress=progress)
+    place.rename(tmp_path / "elsewhere")
+    moved = recipe(
+        teacher,
+        tmp_path,
+        train_data_dir=str(tmp_path / "elsewhere"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    run.train(moved, progress=progress)
     assert made[-1] == LAST
 
 
@@ -219,3 +229,40 @@ def test_the_command_ends_with_2(teacher: Path, tmp_path: Path, lost: Lost) -> N
     assert "Traceback" not in said
     assert checkpoint.latest(tmp_path / "run")
     lost(lost_iterations(tmp_path / "run"), "iterations")
+
+
+def test_a_disk_that_goes_leaves_no_black_pictures_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PICTURES", 4)
+    source, calls = folder(tmp_path / "data"), [0]
+
+    def encode(pictures: np.ndarray) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 2:
+            move(tmp_path / "data")
+        return torch.from_numpy(pictures).float().mean((2, 3), keepdim=True)
+
+    kept = Latents(tmp_path / "latents", "x")
+    with pytest.raises(UserError, match="data is not there any more"):
+        kept.make(source, encode, batch=2)
+    (tmp_path / "aside").rename(tmp_path / "data")
+    again = kept.make(source, encode, batch=2)
+    assert not again.without
+    whole = Latents(tmp_path / "whole", "x")
+    whole.make(source, encode, batch=2)
+    everything = np.arange(len(source.catalogue))
+    assert torch.equal(kept(everything), whole(everything))
+
+
+def test_what_is_never_drawn_tells_data_from_others(tmp_path: Path) -> None:
+    source = folder(tmp_path / "data")
+    names = {
+        identity(source, ()),
+        identity(replace(source, without=frozenset({1})), ()),
+        identity(replace(source, without=frozenset({2})), ()),
+        identity(source, ("a cat",)),
+    }
+    assert len(names) == 4
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert identity(open_data(tmp_path / "copy", 64, multiple=16), ()) in names

@@ -7,18 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flashdmd import export
+from flashdmd import checkpoint, export
 from flashdmd.config import Recipe
 from flashdmd.data.opening import check_place
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.world import ASSETS, SIZE
 from flashdmd.errors import UserError
-from flashdmd.loading import EMBEDDED, check_teacher, device_of, patches, reward_folder
+from flashdmd.loading import check_teacher, device_of, patches, reward_folder
 from flashdmd.models import latent_reward
 from flashdmd.models.families import Family
 from flashdmd.models.lora_keys import FILE_NAME as LORA
 from flashdmd.models.teacher import family_of, index_of, sketch, understood
 from flashdmd.models.trust import refuse_unsafe
+from flashdmd.rules import EMBEDDED
 from flashdmd.sampler import Sampler
 from flashdmd.schedule import Process
 from flashdmd.sources import EMOJI, OWN, prompts_of
@@ -40,7 +41,8 @@ def check(recipe: Recipe) -> None:
     family = family_of(name, entries)
     reward = recipe.model.reward_model_name_or_path
     with understood(name):
-        pipeline = sketch(where, family, entries, recipe.model.pretrained_vae_model_name_or_path)
+        other = recipe.model.pretrained_vae_model_name_or_path
+        pipeline = sketch(where, family, entries, other, recipe.model.revision)
         family.check(pipeline)
         for part in (family.network, "scheduler", "vae"):
             if not getattr(pipeline, part).config:
@@ -48,9 +50,9 @@ def check(recipe: Recipe) -> None:
         process = family.process(pipeline)
         check_steps(family, pipeline, process, recipe.method.student_timesteps, name)
         check_size(recipe, family, pipeline)
-        check_student(recipe, family)
-        if reward:
-            check_reward(reward_folder(reward), process, pipeline.vae)
+    check_student(recipe, family)
+    if reward:
+        check_reward(reward_folder(reward), process, pipeline.vae)
 
 
 def check_packages(recipe: Recipe) -> None:
@@ -96,9 +98,11 @@ def check_student(recipe: Recipe, family: Family) -> None:
     if name is None:
         return
     said = f"model.student_model_name_or_path={name!r}"
-    weights = LORA if rank else f"{family.network}/diffusion_pytorch_model.safetensors"
-    refuse_unsafe((Path(name) / weights).parent)
-    if not (Path(name) / weights).is_file():
+    weights = LORA if rank else f"{family.network}/{checkpoint.WEIGHTS}"
+    folder = (Path(name) / weights).parent
+    refuse_unsafe(folder)
+    cut = not rank and (folder / checkpoint.INDEX).is_file()
+    if not (cut or (Path(name) / weights).is_file()):
         kind = f"lora.rank={rank} starts from a LoRA" if rank else "it starts from all weights"
         raise UserError(f"{said} has no {weights}, and {kind}; give such a student, or none")
     notes = export.notes_of(Path(name))

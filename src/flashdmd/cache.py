@@ -197,7 +197,7 @@ class Latents:
         """Encodes what is not there yet, `batch` pictures at a time.
 
         Gives the source without the pictures that are missing. Raises UserError when these are more
-        than one in a hundred.
+        than one in a hundred, or their folder is gone.
         """
         entries = source.catalogue.listing.entries
         parts = [
@@ -216,6 +216,9 @@ class Latents:
             latents, read = [], []
             for start in range(0, len(part), batch):
                 found = source.attempts(part[start : start + batch], shape)
+                for i, picture in zip(part[start : start + batch].tolist(), found, strict=True):
+                    if isinstance(picture, str):
+                        source.check_there(i, picture)  # else black ones would be kept as read
                 read += [not isinstance(picture, str) for picture in found]
                 black = np.zeros((3, *shape), dtype=np.uint8)
                 pictures = [black if isinstance(picture, str) else picture for picture in found]

@@ -24,11 +24,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from flashdmd import distributed
 from flashdmd.errors import UserError
 from flashdmd.files import remove_folder, replace_folder
+from flashdmd.models.trust import refuse_unsafe
 from flashdmd.optimizers import moments, restore_moments
 from flashdmd.plain import json_object
 
 FORMAT = 1
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 MANIFEST, STATE, SHARDS = "manifest.json", "state.json", "shards"
 
 log = logging.getLogger(__name__)
@@ -304,9 +307,10 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
     """Fills a diffusers network from a component of a pipeline folder."""
-    path = pipeline / component / "diffusion_pytorch_model.safetensors"
+    folder = pipeline / component
+    refuse_unsafe(folder)
     try:
-        weights, own = load_file(path), network.state_dict()
+        weights, own = weights_in(folder), network.state_dict()
         if distributed.shards(own):
             if odd := sorted(weights.keys() ^ own.keys()):
                 raise RuntimeError(f"layers differ, e.g. {odd[0]}")
@@ -314,11 +318,21 @@ def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
                 distributed.fill(own[name], whole)
         else:
             network.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as e:
+    except (*UNREADABLE, KeyError, AttributeError) as e:
         raise UserError(
-            f"{path} cannot be read as this network's weights ({e}); give a student of this "
+            f"{folder} cannot be read as this network's weights ({e}); give a student of this "
             "teacher as safetensors, as `flashdmd train` writes it"
         ) from e
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """A diffusers network's, of one file or of those that an index names: beyond 10 GB, as SDXL's
+    in float32, save_pretrained writes several.
+    """
+    if not (index := folder / INDEX).is_file():
+        return load_file(folder / WEIGHTS)
+    names = set(json_object(index.read_bytes())["weight_map"].values())
+    return {k: v for name in sorted(names) for k, v in load_file(folder / name).items()}
 
 
 def trained(network: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     Field,
     GetCoreSchemaHandler,
@@ -19,7 +18,7 @@ from flashdmd import plain, rules
 from flashdmd.algorithm import Method, split
 from flashdmd.baselines import NUMBERS as DMD2
 from flashdmd.errors import UserError
-from flashdmd.plain import parse
+from flashdmd.plain import parse, written
 from flashdmd.sections import Critic, Data, Lora, Model, Section, Train
 from flashdmd.sections import Metric as Metric
 from flashdmd.sections import Validation as Validation
@@ -212,7 +211,9 @@ def apply(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     if arm_of(result) == "dmd2" and not any(name.startswith("discriminator") for name in named):
         result.pop("discriminator", None)  # of pictures; DMD2's is its own
     if isinstance(method, dict) and "method" not in named:
-        own = {"matching_timesteps", *DMD2} - {name.removeprefix("method.") for name in named}
+        own = {"matching_timesteps", "real_images", *DMD2} - {
+            name.removeprefix("method.") for name in named
+        }
         result["method"] = {k: v for k, v in method.items() if k not in own}
     return result
 
@@ -276,6 +277,4 @@ def describe(error: ErrorDetails) -> str:
 
 def dump(recipe: Recipe) -> str:
     """YAML that loads back to an equal recipe."""
-    content = json.loads(recipe.model_dump_json())
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return text
+    return written(json.loads(recipe.model_dump_json()))

@@ -8,13 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
 from flashdmd import algorithm, config
 from flashdmd.config import SECTIONS, Recipe
 from flashdmd.errors import UserError
 from flashdmd.models.families import Family
 from flashdmd.models.teacher import family_of, index_of, part_config
+from flashdmd.plain import written
 from flashdmd.reference import comments
 
 PROMPTS = "prompts.txt"
@@ -87,7 +86,7 @@ def commented(recipe: Recipe) -> str:
         if section == "train" and recipe.lora.rank:
             said |= LORA_COMMENTS
         for key, value in content.items():
-            text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+            text = written(value, default_flow_style=True, width=1000).strip()
             line = f"  {key}: {text.removesuffix('...').strip()}"
             about = said.get(key, "").replace("None", "null")
             lines.append(f"{line:<48}  # {about}" if about else line)

@@ -15,9 +15,8 @@ from flashdmd.errors import UserError
 from flashdmd.models import latent_reward
 from flashdmd.models.families import Family
 from flashdmd.models.teacher import Pipeline, Precision, Teacher, add_lora, load_pipeline
+from flashdmd.rules import EMBEDDED
 from flashdmd.sampler import Cond
-
-EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}
 
 
 def load_teacher(name: str, device: str = "cpu", merged: bool = False) -> Teacher:

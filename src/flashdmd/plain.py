@@ -86,6 +86,18 @@ for _kind in ("str", "int", "float"):
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would read as something else, such as 08 and 1e5."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def written(content: Any, **how: Any) -> str:
+    """YAML that `parse` reads back as it was; `how` are options of yaml.dump."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how))
+
+
 def parse(text: str, where: str) -> Any:
     """One YAML document. Raises UserError that names `where`."""
     try:

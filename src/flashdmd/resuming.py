@@ -8,7 +8,7 @@ from typing import Any
 from flashdmd import config, export
 from flashdmd.config import Recipe
 from flashdmd.errors import UserError
-from flashdmd.sources import OWN
+from flashdmd.sources import EMOJI, OWN
 
 RATES = {  # a run that left the finite is gone on with at lower ones
     "train.learning_rate",
@@ -26,6 +26,9 @@ MAY_CHANGE = RATES | {  # keys that a resumed run may have otherwise than the ru
     "train.checkpointing_steps",
     "train.checkpoints_total_limit",
     "data.dataloader_num_workers",
+    "data.train_data_dir",  # where they lie; check_data asks what they are
+    "data.prompts",
+    "data.cache_dir",
     "train.gradient_accumulation_steps",  # memory and machine: they decide no number but roundings
     "train.gradient_checkpointing",
     "train.device",
@@ -62,8 +65,9 @@ def check_data(point: Path, was: str | None, now: str) -> None:
     if was not in (None, now):
         raise UserError(
             f"pictures, captions or prompts are not those that {point} learned on (fingerprint "
-            f"{now}, was {was}): another run begins there; put back what was, give another "
-            "output_dir, or start over in this one: --no-resume of `flashdmd train`"
+            f"{now}, was {was}): another run begins there; put back what was (a picture that could "
+            "not be read then and can be now is one more), give another output_dir, or start over "
+            "in this one: --no-resume of `flashdmd train`"
         )
 
 
@@ -126,6 +130,8 @@ def check_same(recipe: Recipe) -> set[str]:
     may = MAY_CHANGE
     if recipe.data.train_data_dir == OWN:  # these are the data
         may = may - {"validation.teacher_steps"}
+    if {before.get("data.train_data_dir"), recipe.data.train_data_dir} & {EMOJI, OWN}:
+        may = may - {"data.train_data_dir"}  # words, and no places
     said = {k: f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(changed)}
     if refused := "".join(f"  {line}\n" for k, line in said.items() if k not in may):
         fine = "".join(f"  {line}\n" for k, line in said.items() if k in may)

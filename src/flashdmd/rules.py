@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from flashdmd.algorithm import Method
 from flashdmd.sections import Critic, Data, Lora, Model, Train
 
-EMBEDDED = ("emoji-score", "emoji-flow")
+EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}  # teachers: folders of emoji/assets
 Rule = tuple[bool, str]  # whether it is broken, and what is said then
 
 
@@ -114,9 +114,6 @@ def of_pictures(recipe: Sections) -> Iterator[Rule]:
 
 
 def of_dmd2(recipe: Sections) -> Iterator[Rule]:
-    """Its discriminator looks at latents, so `discriminator` is idle, and is none: the arms that
-    are compared share a recipe.
-    """
     if recipe.train.arm != "dmd2":
         return
     yield (
@@ -128,6 +125,11 @@ def of_dmd2(recipe: Sections) -> Iterator[Rule]:
         recipe.method.score_coupling != 1,
         f"method.score_coupling={recipe.method.score_coupling}: the score estimator of "
         "train.arm=dmd2 never sees the student's weights; leave it out, or use flash-dmd",
+    )
+    yield (
+        recipe.discriminator != Critic() or recipe.method.real_images == "raw",
+        "discriminator and method.real_images=raw are of a discriminator of pictures, and that "
+        "of train.arm=dmd2 looks at latents; leave them out, or use flash-dmd",
     )
     yield (
         recipe.train.joint_train_steps > 0,

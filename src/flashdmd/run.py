@@ -77,7 +77,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         session = open_session(recipe)
         if point:
             was = checkpoint.state_of(point)["about"].get("data")
-            check_data(point, was, distributed.told(session.identity))
+            check_data(point, was, session.identity)
         if recipe.validation.best_metric:
             session.measure = best.measure_of(session, *judged_by(session))
             session.worth = best.worth_of(recipe)

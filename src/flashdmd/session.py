@@ -201,6 +201,8 @@ def open_session(recipe: Recipe) -> Session:
         if recipe.data.cache_text_embeddings:
             # DMD2's head is fitted to the features of one prompt, the empty one
             cache_embeddings(recipe, teacher, [*known_prompts(source, prompts), ""])
+    known = identity(source, prompts)
+    distributed.agree(known, "pictures, captions or prompts")
     generator, score, student, anchor = learning(recipe, teacher)
     discriminator = build_discriminator(recipe, teacher, score)
     train = recipe.train
@@ -242,7 +244,7 @@ def open_session(recipe: Recipe) -> Session:
         anchor=anchor,
         prompts=prompts,
         data=described(source, caveat),
-        identity=identity(source, prompts),
+        identity=known,
         start=State(averaged=notes.averaged if notes else 0),
     )
     for module, part in (

@@ -74,24 +74,20 @@ def described(source: Source, caveat: str) -> dict[str, Any]:
 
 
 def identity(source: Source, prompts: tuple[str, ...]) -> str:
-    """Of the data: names, sizes and captions of the pictures in their order, and the prompts. Not
-    of dates or places: a copy on another machine is the same data.
+    """Of the data: names, sizes and captions of the pictures in their order, which of them are
+    never drawn, and the prompts. Not of dates or places: a copy elsewhere is the same data.
     """
     told: list[Any] = [*prompts]
     if isinstance(source, PictureSource):
         all_of = source.catalogue
         told += [[all_of.name(i), all_of.caption(i), all_of.size(i)] for i in range(len(all_of))]
+        told += sorted(source.without)
     return digest(json.dumps(told).encode())
 
 
 def teacher_pool(recipe: Recipe, teacher: Teacher) -> tuple[Path, str]:
     """A folder of samples of the teacher for data.prompts, drawn once, and what these are."""
     prompts = prompts_of(recipe)
-    if not prompts:
-        raise UserError(
-            "data.train_data_dir=teacher draws the teacher's samples for prompts, and data.prompts "
-            "names none; give a .txt file with one prompt a line"
-        )
     steps, scale = recipe.validation.teacher_steps, recipe.method.teacher_guidance_scale
     arm = Arm(teacher, steps, scale)
     said = f"{steps} {scale} {teacher.image_size}"
@@ -104,16 +100,10 @@ def teacher_pool(recipe: Recipe, teacher: Teacher) -> tuple[Path, str]:
 
 
 def known_prompts(source: Source, prompts: tuple[str, ...]) -> list[str]:
-    """Everything that a run will ask its encoders. Raises UserError for the embedded world, whose
-    captions are made as they are drawn.
-    """
+    """Everything that a run will ask its encoders."""
     if prompts:
         return list(prompts)
-    if not isinstance(source, PictureSource):
-        raise UserError(
-            "data.cache_text_embeddings: the captions of the embedded world are made as they are "
-            "drawn; set it to false, or name prompts in data.prompts"
-        )
+    assert isinstance(source, PictureSource)  # see rules.of_pictures
     return [source.catalogue.caption(i) for i in range(len(source.catalogue))]
 
 
@@ -133,12 +123,8 @@ def cache_embeddings(recipe: Recipe, teacher: Teacher, prompts: list[str]) -> No
 def cache_latents(
     recipe: Recipe, teacher: Teacher, source: Source
 ) -> tuple[PictureSource, Latents]:
-    """Encodes all pictures once. Raises UserError where there is no end of them."""
-    if not isinstance(source, PictureSource):
-        raise UserError(
-            "data.cache_latents: the pictures of the embedded world are rendered when drawn; "
-            "set it to false"
-        )
+    """Encodes all pictures once."""
+    assert isinstance(source, PictureSource)  # see rules.of_pictures
     vae = teacher.pipeline.vae
     key = fingerprint(vae.state_dict(), str(dict(vae.config)))
 

@@ -128,8 +128,8 @@ def recalled(path: Path | None, n: int) -> tuple[list[Size | None], int]:
         return unknown
     try:
         found = json_object(path.read_bytes())
-        if found.pop("digest") != seal(found):
-            raise ValueError("it is damaged")
+        if found.pop("digest", None) != seal(found):
+            raise ValueError("it is damaged, or of an earlier version")
         sizes = [None if size is None else (size[0], size[1]) for size in found["sizes"]]
         return (sizes, found["decoded"]) if len(sizes) == n else unknown
     except (ValueError, KeyError, OSError) as e:

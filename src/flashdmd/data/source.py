@@ -121,11 +121,7 @@ class PictureSource:
         for i, picture, rng in zip(indices.tolist(), attempts, instead, strict=True):
             tries = 0
             while isinstance(picture, str):
-                if self.catalogue.listing.gone:
-                    raise UserError(
-                        f"{self.catalogue.listing.where} is not there any more, or empty "
-                        f"({self.catalogue.name(i)}: {picture}); put the pictures back: {GOES_ON}"
-                    )
+                self.check_there(i, picture)
                 failed[i] = picture
                 self.tell(i, picture)
                 if tries == TRIES:
@@ -140,6 +136,14 @@ class PictureSource:
             images.append(picture)
             found.append(i)
         return np.stack(images), np.array(found)
+
+    def check_there(self, i: int, reason: str) -> None:
+        """Raises UserError where it is not a picture that cannot be read, but none can."""
+        if self.catalogue.listing.gone:
+            raise UserError(
+                f"{self.catalogue.listing.where} is not there any more, or empty "
+                f"({self.catalogue.name(i)}: {reason}); put the pictures back: {GOES_ON}"
+            )
 
     def attempts(
         self, indices: Int[np.ndarray, "n"], shape: Shape

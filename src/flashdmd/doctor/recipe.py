@@ -10,10 +10,10 @@ from flashdmd.config import Recipe
 from flashdmd.doctor.advice import advice, table
 from flashdmd.doctor.estimate import Networks, Plan, estimate
 from flashdmd.emoji.world import ASSETS
-from flashdmd.loading import EMBEDDED
 from flashdmd.models import meta
 from flashdmd.models.families import FAMILIES, Family
 from flashdmd.models.teacher import family_of, index_of
+from flashdmd.rules import EMBEDDED
 
 
 def examine(recipe: Recipe) -> Iterator[str]:

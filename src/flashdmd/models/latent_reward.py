@@ -346,7 +346,6 @@ def load(
     check(folder, facts, process, vae)
     try:
         made = NETWORKS[KINDS[facts.kind].network]
-        refuse_config(f"{folder}/config.json", facts.network)
         with torch.device("meta"):  # shapes alone: the weights are read next
             network = network_of(made(**facts.network), facts)
         network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)

@@ -25,7 +25,6 @@ from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
 from flashdmd.models.trust import (
     offline,
-    refuse_config,
     refuse_pickled_file,
     refuse_unsafe,
     trusted,
@@ -85,10 +84,6 @@ class Teacher:
     @property
     def default_steps(self) -> tuple[int, ...]:
         return self.family.steps(self.pipeline)
-
-    def trainable_copy(self, name: str = "student") -> NetworkDenoiser:
-        """A student or score estimator that starts as this teacher, every parameter trainable."""
-        return self.denoiser.twin(name).requires_grad_(True)
 
     def guided(self, scale: float) -> Denoiser:
         """The teacher under guidance, as its stock pipeline computes it."""
@@ -216,7 +211,7 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     folder = Path(source.name)
     entries = index_of(source.name, source.revision)
     family = family_of(source.name, entries)
-    refuse(source.name, family, entries)
+    refuse(source.name, family, entries, source.revision)
     # a black picture in a censored one's place would be learned like any other
     absent: dict[str, Any] = {
         k: None for k, v in entries.items() if v == [None, None] or k == "safety_checker"
@@ -256,16 +251,13 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     return Teacher(folder, family, pipeline, process, denoiser, source)
 
 
-def refuse(name: str, family: Family, entries: dict[str, Any]) -> None:
+def refuse(name: str, family: Family, entries: dict[str, Any], revision: str | None) -> None:
     """Raises UserError for what configurations alone tell to be no teacher, before it is loaded."""
     with understood(name):
-        pipeline = sketch(name, family, entries)
+        pipeline = sketch(name, family, entries, revision=revision)
         family.check(pipeline)
         if pipeline.scheduler.config:
             family.process(pipeline)  # else loading says what is wrong with it
-        for part in entries:
-            if Path(name).is_dir() and (part in (family.network, "vae") or "encoder" in part):
-                refuse_config(part, part_config(name, part))
 
 
 @contextmanager
@@ -279,7 +271,13 @@ def understood(name: str) -> Iterator[None]:
         raise UserError(f"the configurations in {name} cannot be understood: {e!r}") from e
 
 
-def sketch(name: str, family: Family, entries: dict[str, Any], vae: str | None = None) -> Any:
+def sketch(
+    name: str,
+    family: Family,
+    entries: dict[str, Any],
+    vae: str | None = None,
+    revision: str | None = None,
+) -> Any:
     """A pipeline of configurations without networks, for what a family asks of it before it is
     loaded: of its network, its scheduler and its autoencoder, or another one, `vae`.
     """
@@ -288,7 +286,7 @@ def sketch(name: str, family: Family, entries: dict[str, Any], vae: str | None =
         part: None
         if entry in ([None, None], (None, None))
         else SimpleNamespace(
-            config=FrozenDict(part_config(name, part, entry) if part in read else {})
+            config=FrozenDict(part_config(name, part, entry, revision) if part in read else {})
         )
         for part, entry in entries.items()
         if isinstance(entry, list | tuple)
@@ -332,7 +330,9 @@ def index_of(name: str, revision: str | None = None) -> dict[str, Any]:
     return entries
 
 
-def part_config(name: str, part: str, entry: Sequence[str | None] = ()) -> dict[str, Any]:
+def part_config(
+    name: str, part: str, entry: Sequence[str | None] = (), revision: str | None = None
+) -> dict[str, Any]:
     """The config of a pipeline's component, from its folder or the hub; {} if it has none.
 
     With `entry`, that of the index, what the file leaves out is as its class has it.
@@ -343,7 +343,8 @@ def part_config(name: str, part: str, entry: Sequence[str | None] = ()) -> dict[
         if Path(name).is_dir():
             text = (Path(name) / path).read_bytes()
         else:
-            text = Path(hf_hub_download(name, path, local_files_only=offline())).read_bytes()
+            here = hf_hub_download(name, path, revision=revision, local_files_only=offline())
+            text = Path(here).read_bytes()
         found = json_object(text)
     except (OSError, ValueError):
         return {}
