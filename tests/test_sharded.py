@@ -112,7 +112,13 @@ def far(ours: State, theirs: State, before: State) -> dict[str, tuple[float, flo
 
 
 @pytest.mark.parametrize(
-    ("folder", "sharded"), [("score", False), ("score", True), ("flow", True)], indirect=["folder"]
+    ("folder", "sharded"),
+    [
+        pytest.param("score", False, marks=pytest.mark.slow),
+        ("score", True),
+        pytest.param("flow", True, marks=pytest.mark.slow),
+    ],
+    indirect=["folder"],
 )
 def test_two_processes_make_each_update_of_one(
     sharded: bool, folder: Path, tmp_path: Path, figure: Figure

@@ -307,10 +307,10 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
     """Fills a diffusers network from a component of a pipeline folder."""
-    folder = pipeline / component
-    refuse_unsafe(folder)
+    path = pipeline / component / WEIGHTS
+    refuse_unsafe(path.parent)
     try:
-        weights, own = weights_in(folder), network.state_dict()
+        weights, own = weights_at(path), network.state_dict()
         if distributed.shards(own):
             if odd := sorted(weights.keys() ^ own.keys()):
                 raise RuntimeError(f"layers differ, e.g. {odd[0]}")
@@ -320,19 +320,19 @@ def load_network(network: nn.Module, pipeline: Path, component: str) -> None:
             network.load_state_dict(weights)
     except (*UNREADABLE, KeyError, AttributeError) as e:
         raise UserError(
-            f"{folder} cannot be read as this network's weights ({e}); give a student of this "
+            f"{path} cannot be read as this network's weights ({e}); give a student of this "
             "teacher as safetensors, as `flashdmd train` writes it"
         ) from e
 
 
-def weights_in(folder: Path) -> dict[str, Tensor]:
+def weights_at(path: Path) -> dict[str, Tensor]:
     """A diffusers network's, of one file or of those that an index names: beyond 10 GB, as SDXL's
     in float32, save_pretrained writes several.
     """
-    if not (index := folder / INDEX).is_file():
-        return load_file(folder / WEIGHTS)
+    if not (index := path.with_name(INDEX)).is_file():
+        return load_file(path)
     names = set(json_object(index.read_bytes())["weight_map"].values())
-    return {k: v for name in sorted(names) for k, v in load_file(folder / name).items()}
+    return {k: v for name in sorted(names) for k, v in load_file(path.with_name(name)).items()}
 
 
 def trained(network: nn.Module) -> dict[str, Tensor]:
