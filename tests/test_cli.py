@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from flashdmd import cli
 from flashdmd.emoji.world import ASSETS
-from flashdmd.errors import Interrupted
+from flashdmd.errors import Interrupted, UserError
 from flashdmd.files import replace_folder, write_text
 
 
@@ -105,6 +105,37 @@ def test_the_words_of_who_gets_no_memory_are_known(told: str) -> None:
     """oneDNN's and Python's say nothing of memory; both were met under RLIMIT_AS."""
     assert cli.out_of_memory(RuntimeError(told))
     assert not cli.out_of_memory(RuntimeError("something else"))
+
+
+def refused() -> None:
+    try:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    except OSError as e:
+        raise UserError("the reward in x cannot be read; give another") from e
+
+
+def unimportable() -> None:
+    try:
+        raise ImportError("libx.so: failed to map segment from shared object")
+    except ImportError:
+        raise RuntimeError("Failed to import y")  # noqa: B904 - as met
+
+
+@pytest.mark.parametrize(("ends", "named"), [(refused, "reward in x"), (unimportable, "import y")])
+def test_memory_that_is_gone_is_known_behind_other_errors(
+    ends: Callable[[], None],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As where a reward or a library is opened with a few hundred MiB left."""
+    monkeypatch.setattr("flashdmd.run.full", lambda *_: ends())
+    assert call(monkeypatch, "train", "emoji-score") == 2
+    said = capsys.readouterr().err
+    assert "out of memory (" in said
+    assert named in said
+    assert "doctor RECIPE" in said
+    assert not cli.out_of_memory(UserError("prompts in `out of memory.txt` are empty"))
 
 
 def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:

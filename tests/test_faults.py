@@ -284,6 +284,6 @@ def test_a_broken_or_foreign_checkpoint_is_told(
     again.write_text(text.replace("method:\n", steps))
     code, said = Run(again, tmp_path / "said").end()
     assert code == 2, said
-    assert "is of another network" in said
+    assert "another network and another noise schedule" in said
     lost(lost_files(before, output), "files")
     assert lost_files(before, output) == 0

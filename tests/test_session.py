@@ -203,6 +203,21 @@ def test_real_pictures_are_as_they_are_or_as_the_decoder_would_draw_them(
     torch.testing.assert_close(real, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_what_is_frozen_is_known_part_by_part(teacher: Teacher) -> None:
+    """So that a run does not go on with another; without a reward, or a backbone, there is none."""
+    own, reward = session(teacher), teacher.folder.with_name("reward")
+    parts = {"network", "noise schedule", "text_encoder", "vae"}
+    assert own.frozen.keys() == parts | {"reward", "backbone"}
+    model = {"reward_model_name_or_path": None}
+    arm = {"arm": "dmd2", "joint_train_steps": 0}
+    assert session(teacher, model, arm).frozen == {name: own.frozen[name] for name in parts}
+    network = emoji_reward.build(teacher.denoiser.network)
+    emoji_reward.write(network, reward.with_name("another"), str(teacher.folder))
+    model = {"reward_model_name_or_path": str(reward.with_name("another"))}
+    changed = session(teacher, model).frozen
+    assert {name for name in own.frozen if changed[name] != own.frozen[name]} == {"reward"}
+
+
 @pytest.mark.parametrize("own_prompts", [False, True])
 def test_the_reward_is_asked_about_the_prompts_that_the_student_was_given(
     teacher: Teacher, tmp_path: Path, own_prompts: bool

@@ -1,5 +1,6 @@
 """Data that go while a run is on: it ends with their name, and goes on when they are back."""
 
+import json
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ import tiny
 import torch
 import yaml
 from faults import Lost, lost_iterations
+from safetensors.torch import load_file, save_file
 from test_batches import folder
 from test_data_tars import examples, tar
 from test_faults import Run
@@ -137,6 +139,49 @@ def written(output: Path) -> dict[Path, bytes]:
     """Of a run, but for its caches."""
     files = [path for path in output.rglob("*") if path.is_file() and "cache" not in path.parts]
     return {path: path.read_bytes() for path in files}
+
+
+def turned(path: Path) -> None:
+    """One weight of a network less, in a file that is as large as it was."""
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[-1] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def setting(path: Path, **new: float) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | new))
+
+
+OTHER_TEACHERS: dict[str, Change] = {
+    "network": lambda t: turned(t / "unet/diffusion_pytorch_model.safetensors"),
+    "vae": lambda t: setting(t / "vae/config.json", scaling_factor=0.5),
+    "text_encoder": lambda t: turned(t / "text_encoder/model.safetensors"),
+    "noise schedule": lambda t: setting(t / "scheduler/scheduler_config.json", beta_end=0.02),
+}
+
+
+def test_another_teacher_begins_another_run(teacher: Path, tmp_path: Path) -> None:
+    """In the same folder, as who trains it on leaves it. Refused before anything is written."""
+    pictures(tmp_path / "data")
+    place, output = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(teacher, place)
+    asked = recipe(place, tmp_path)
+
+    def progress(stage: str, done: int, of: int, record: dict[str, float]) -> None:
+        if done == AT:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run.train(asked, progress=progress)
+    before = written(output)
+    for name, change in OTHER_TEACHERS.items():
+        change(place)
+        with pytest.raises(UserError, match=rf"^another {name} than .*checkpoint-\d learned with"):
+            run.train(asked)
+        assert written(output) == before
+        shutil.rmtree(place)
+        shutil.copytree(teacher, place)
+    run.train(asked)
 
 
 def test_other_data_begin_another_run(teacher: Path, tmp_path: Path) -> None:

@@ -304,6 +304,8 @@ def main() -> None:
         with company():
             app()
     except UserError as e:
+        if out_of_memory(e):
+            fail(no_memory(e, again), 2)
         fail(str(e), 2)
     except Interrupted as e:
         fail(f"{e}; {again} goes on from there", 130)
@@ -315,20 +317,10 @@ def main() -> None:
             "goes on from there",
             2,
         )
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        told = str(e).partition("\n")[0] or "MemoryError"
-        fail(
-            f"out of memory ({told}). What was saved before is intact; {again} goes on from there "
-            "with more of train.gradient_accumulation_steps (the numbers stay the same), or "
-            "train.gradient_checkpointing=true. A new run may have a smaller "
-            "train.train_batch_size, a lora.rank, train.use_8bit_adam, or several processes with "
-            "train.sharded=true; `flashdmd doctor RECIPE` tells what each needs",
-            2,
-        )
-    except OSError as e:
-        if e.errno not in OUTSIDE:
+    except (MemoryError, RuntimeError, ImportError, OSError) as e:
+        if out_of_memory(e):
+            fail(no_memory(e, again), 2)
+        if not isinstance(e, OSError) or e.errno not in OUTSIDE:
             raise
         where = f": {e.filename}" if e.filename else ""
         on = f"; with room, {again} goes on" if e.errno in FULL else ""
@@ -370,13 +362,32 @@ def company() -> Iterator[None]:
             )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error tells it in words, as the allocator, oneDNN and Python's threads do."""
+def out_of_memory(error: BaseException | None) -> bool:
+    """Also where it is behind another error. CUDA's own error tells it in words, as the allocator,
+    oneDNN, Python's threads and the loader of libraries do.
+    """
     told = (
-        *("can't allocate memory", "not enough memory", "out of memory"),
-        *("could not create a primitive", "can't start new thread"),
+        *("allocate memory", "not enough memory", "out of memory", "could not create a primitive"),
+        *("can't start new thread", "failed to map segment"),
     )
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in told)
+    while error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(error, UserError) and any(words in str(error).lower() for words in told):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_memory(error: BaseException, again: str) -> str:
+    told = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"out of memory ({told}). What was saved before is intact; {again} goes on from there "
+        "with more of train.gradient_accumulation_steps (the numbers stay the same), or "
+        "train.gradient_checkpointing=true. A new run may have a smaller "
+        "train.train_batch_size, a lora.rank, train.use_8bit_adam, or several processes with "
+        "train.sharded=true; `flashdmd doctor RECIPE` tells what each needs"
+    )
 
 
 def interrupt(*_: object) -> None:

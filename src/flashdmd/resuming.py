@@ -71,6 +71,17 @@ def check_data(point: Path, was: str | None, now: str) -> None:
         )
 
 
+def check_frozen(point: Path, was: dict[str, str], now: dict[str, str]) -> None:
+    """Raises UserError when a network that the run does not train is another than it was."""
+    if others := sorted(k for k in was.keys() & now.keys() if was[k] != now[k]):
+        raise UserError(
+            f"another {' and another '.join(others)} than {point} learned with (fingerprints "
+            f"{', '.join(f'{now[k]}, was {was[k]}' for k in others)}): another run begins there; "
+            "put back what was, give another output_dir, or start over in this one: --no-resume "
+            "of `flashdmd train`"
+        )
+
+
 def tell_versions(was: dict[str, str], now: dict[str, str]) -> None:
     """A run that goes on with other packages goes on, and need not be the same to the bit."""
     for name in sorted(was.keys() & now.keys()):

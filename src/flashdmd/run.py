@@ -30,6 +30,7 @@ from flashdmd.report.sheet import comparison, contact_sheet
 from flashdmd.resuming import (
     check_data,
     check_first_student,
+    check_frozen,
     check_progress,
     check_reference,
     check_same,
@@ -76,8 +77,9 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
         beforehand.check(recipe)
         session = open_session(recipe)
         if point:
-            was = checkpoint.state_of(point)["about"].get("data")
-            check_data(point, was, session.identity)
+            was = checkpoint.state_of(point)["about"]
+            check_data(point, was.get("data"), session.identity)
+            check_frozen(point, was.get("frozen", {}), session.frozen)
         if recipe.validation.best_metric:
             session.measure = best.measure_of(session, *judged_by(session))
             session.worth = best.worth_of(recipe)

@@ -25,7 +25,7 @@ from flashdmd.cache import Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.discriminator import Discriminator, FeatureHead
 from flashdmd.errors import FULL, Interrupted, UserError
-from flashdmd.files import cut_torn_line, stoppable, sync, write_text
+from flashdmd.files import cut_torn_line, digest, stoppable, sync, write_text
 from flashdmd.loading import RewardModel, load_reward, teacher_of
 from flashdmd.models.backbones import EfficientNetLite
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser, NetworkDenoiser, save_memory
@@ -40,6 +40,7 @@ from flashdmd.sources import (
     described,
     identity,
     known_prompts,
+    of_teacher,
     open_source,
     prompts_of,
 )
@@ -68,6 +69,7 @@ class Session:
     prompts: tuple[str, ...] = ()  # none: the captions
     data: dict[str, Any] = field(default_factory=dict)  # what the report says of the pictures
     identity: str = ""  # of pictures and prompts
+    frozen: dict[str, str] = field(default_factory=dict)  # fingerprints of what no run trains
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     start: State = field(default_factory=State)  # what the next stage takes over
     reference: str | None = None  # fingerprint of what stage 2 is held to
@@ -191,9 +193,10 @@ def open_session(recipe: Recipe) -> Session:
     teacher = teacher_of(recipe)
     steps = recipe.method.student_timesteps
     check_steps(teacher.family, teacher.pipeline, teacher.process, steps, teacher.folder)
+    frozen = of_teacher(teacher)
     if distributed.ranks() > 1:
-        weights = fingerprint(teacher.denoiser.network.state_dict(), recipe.model_dump_json())
-        distributed.agree(f"{weights} {versions()}", "weights of the teacher, recipe or versions")
+        said = f"{frozen} {versions()} {recipe.model_dump_json()}"
+        distributed.agree(digest(said.encode()), "weights of the teacher, recipe or versions")
     with distributed.first_alone():  # it makes the caches, the others find them
         (source, caveat), latents = open_source(recipe, teacher), None
         if recipe.data.cache_latents:
@@ -245,6 +248,7 @@ def open_session(recipe: Recipe) -> Session:
         prompts=prompts,
         data=described(source, caveat),
         identity=known,
+        frozen=frozen | of_critics(discriminator, scored),
         start=State(averaged=notes.averaged if notes else 0),
     )
     for module, part in (
@@ -261,6 +265,14 @@ def open_session(recipe: Recipe) -> Session:
     if reward:
         session.stopwatch.attach(reward.network, "reward")
     return session
+
+
+def of_critics(discriminator: nn.Module, reward: RewardModel | None) -> dict[str, str]:
+    """Fingerprints of what is frozen beside the teacher."""
+    told = {"reward": fingerprint(reward.network.state_dict())} if reward else {}
+    if isinstance(discriminator, Discriminator):
+        told["backbone"] = fingerprint(discriminator.backbone.state_dict())
+    return told
 
 
 def check_shares(recipe: Recipe) -> None:
@@ -412,6 +424,7 @@ def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
         "versions": versions(),
         "reference": session.reference,
         "data": session.identity,
+        "frozen": session.frozen,
         "metrics": metrics,
     }
     if distributed.first():

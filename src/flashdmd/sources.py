@@ -19,8 +19,10 @@ from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
 from flashdmd.files import digest
 from flashdmd.models.teacher import DTYPES, Teacher
+from flashdmd.schedule import STEPS
 
 EMOJI, OWN = "emoji", "teacher"  # as data.train_data_dir: the embedded world, the teacher's samples
+LATENTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder
 
 
 def prompts_of(recipe: Recipe) -> tuple[str, ...]:
@@ -83,6 +85,24 @@ def identity(source: Source, prompts: tuple[str, ...]) -> str:
         told += [[all_of.name(i), all_of.caption(i), all_of.size(i)] for i in range(len(all_of))]
         told += sorted(source.without)
     return digest(json.dumps(told).encode())
+
+
+def of_teacher(teacher: Teacher) -> dict[str, str]:
+    """Fingerprints of what a teacher is made of, part by part: the weights, and beside them the
+    noise schedule and the scale of latents. Of values and not of files or the libraries' settings,
+    so that a copy elsewhere, or a newer library, has the same.
+    """
+    kind, every = teacher.process.kind, torch.arange(STEPS)
+    alpha, sigma = teacher.process.schedule(every)
+    told = {"noise schedule": fingerprint({"alpha": alpha, "sigma": sigma}, kind)}
+    for name, part in teacher.pipeline.components.items():
+        if isinstance(part, nn.Module):
+            config = dict(getattr(part, "config", {})) if name == "vae" else {}
+            scale = {key: config[key] for key in LATENTS if key in config}
+            told["network" if name == teacher.family.network else name] = fingerprint(
+                part.state_dict(), str(scale)
+            )
+    return told
 
 
 def teacher_pool(recipe: Recipe, teacher: Teacher) -> tuple[Path, str]:
