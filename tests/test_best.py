@@ -1,16 +1,20 @@
 """The student is measured on the way, and its best checkpoint outlives newer ones."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import kills
 import numpy as np
 import pytest
+from faults import contents
 
 from flashdmd import best, checkpoint, run
 from flashdmd.config import Recipe
 from flashdmd.drawing import Standing
-from flashdmd.errors import UserError
+from flashdmd.errors import Interrupted, UserError
 from flashdmd.loading import load_teacher
 from flashdmd.publish import export_run
 from flashdmd.sampler import Sampler
@@ -61,6 +65,56 @@ def test_every_checkpoint_is_measured_and_the_best_is_kept(finished: Path, parts
     otherwise = best.worth_of(recipe(parts, finished, "validation.num_prompts=9"))
     assert otherwise is not None
     assert otherwise(finished / f"checkpoint-{steps[3]}") is None
+
+
+def test_a_stop_is_soon_and_what_it_left_unmeasured_is_measured(
+    finished: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at a checkpoint that is to be measured, once while the last one of stage 1 is pruned:
+    neither goes on to the next stage, and the run ends as the one that was never stopped.
+    """
+    asked = recipe(parts, parts / "stopped")
+    output, prune = Path(asked.output_dir), checkpoint.prune
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def at_2(stage: str, done: int, *_: object) -> None:
+        if (stage, done) == ("distill", 2):
+            stop()
+
+    def pruned(*given: Any) -> None:
+        prune(*given)
+        if len(rows(output)) == 3:
+            stop()
+
+    with pytest.raises(Interrupted, match="stopped after 2 generator updates"):
+        run.train(asked, progress=at_2)
+    assert len(rows(output)) == 1
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "prune", pruned)
+        with pytest.raises(Interrupted, match="stopped after 3 generator"):
+            run.train(asked, progress=lambda *_: None)
+    assert not (output / "student-stage1").exists()
+    run.train(asked, progress=lambda *_: None)
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(folder)]
+        for folder in (finished, output)
+    ]
+    assert timeless[0] == timeless[1]
+    assert contents(output / "student") == contents(finished / "student")
+    names = [{p.name for p in checkpoint.all_of(folder)} for folder in (finished, output)]
+    assert names[0] == names[1]
+
+
+def test_what_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, tmp_path)
+    about = {"recipe": asked.model_dump(mode="json"), "metrics": {"diversity": float("nan")}}
+    counts = {"stage": "distill", "iteration": 1, "updates": {}, "before": {}}
+    checkpoint.save(tmp_path / "checkpoint-1", {}, {}, counts, about)
+    worth = best.worth_of(asked)
+    assert worth is not None
+    assert worth(tmp_path / "checkpoint-1") is None
 
 
 def test_the_best_is_not_the_newest(tmp_path: Path) -> None:

@@ -374,6 +374,31 @@ def test_the_newest_checkpoint_is_read_by_who_is_alone(finished: Recipe) -> None
             (folder / "aside").rename(state)
 
 
+def test_where_the_recipe_is_gone_the_checkpoints_is_compared(tmp_path: Path) -> None:
+    about = {"recipe": json.loads(recipe_in(tmp_path).model_dump_json())}
+    counts = {"stage": "distill", "iteration": 1, "updates": {}, "before": {}}
+    checkpoint.save(tmp_path / "checkpoint-1", {}, {}, counts, about)
+    point = tmp_path / "checkpoint-1"
+    assert resuming.check_same(recipe_in(tmp_path, "train.device=cpu"), point) == {"train.device"}
+    with pytest.raises(UserError, match=r"train.seed: was 0, is 1"):
+        resuming.check_same(recipe_in(tmp_path, "train.seed=1"), point)
+
+
+def test_a_checkpoint_on_another_disk_is_pruned_as_a_link(tmp_path: Path) -> None:
+    """What it points to is somebody's; what only looks like a checkpoint is nobody's of ours."""
+    run, kept = tmp_path / "run", write(tmp_path / "elsewhere")
+    run.mkdir()
+    (run / "checkpoint-\u00b2").mkdir()
+    (run / "checkpoint-1").symlink_to(kept)
+    (run / ".checkpoint-0.removing-1-abc").symlink_to(kept)
+    newest = write(run / "checkpoint-2")
+    mend_all(run)
+    checkpoint.prune(run, 1)
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2", "checkpoint-\u00b2"]
+    assert checkpoint.damage(newest) is None
+    assert checkpoint.damage(kept) is None
+
+
 def test_what_decides_the_data_may_not_change(tmp_path: Path) -> None:
     """The steps of the teacher that draws the pictures, where it draws them."""
     for name, refused in (("emoji", False), ("teacher", True)):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,20 @@ def test_the_words_of_who_gets_no_memory_are_known(told: str) -> None:
     """oneDNN's and Python's say nothing of memory; both were met under RLIMIT_AS."""
     assert cli.out_of_memory(RuntimeError(told))
     assert not cli.out_of_memory(RuntimeError("something else"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_where_nothing_is_saved_says_so(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("flashdmd.run.full", lambda *_: os.kill(os.getpid(), number))
+    try:
+        assert call(monkeypatch, "train", "emoji-score") == 130
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert "stopped; what was saved before is intact" in capsys.readouterr().err
 
 
 def refused() -> None:

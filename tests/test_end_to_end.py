@@ -21,7 +21,7 @@ from flashdmd import checkpoint, cli, compare, config, drawing, resuming, run
 from flashdmd.config import Recipe
 from flashdmd.drawing import Arm
 from flashdmd.emoji import reward as emoji_reward
-from flashdmd.errors import Interrupted, UserError
+from flashdmd.errors import Interrupted, Stopped, UserError
 from flashdmd.files import stoppable
 from flashdmd.loading import load_teacher
 from flashdmd.report.run import parsed
@@ -336,7 +336,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -118,6 +118,7 @@ def test_a_signal_before_there_is_anything_ends_with_130(teacher: Path, tmp_path
     os.kill(run.process.pid, signal.SIGTERM)
     code, said = run.end()
     assert code == 130, said
+    assert "stopped; what was saved before is intact, and the same command uses it" in said
     assert "Traceback" not in said
 
 
@@ -137,11 +138,22 @@ def test_what_stays_not_finite_stops_and_keeps_the_last_good(
     before = contents(kept)
     assert lost_iterations(output) == 0
 
+    endless = recipe(teacher, output, learning_rate=1e30, max_bad_iterations=10**6)
+    run = Run(endless, tmp_path / "said")
+    run.wait_for(lambda: len(list((output / "not-finite").glob("distill-*"))) >= 2)
+    assert run.process.pid
+    os.kill(run.process.pid, signal.SIGTERM)
+    code, said = run.end()
+    assert code == 130, said
+    assert "is from before them" in said
+    assert checkpoint.latest(output) == kept  # what led there is not saved
+    assert contents(kept) == before
+
     bad = recipe(teacher, output, learning_rate=1e30, max_bad_iterations=3)
     code, said = Run(bad, tmp_path / "said").end()
     assert code == 2, said
     assert "not finite: iteration" in said
-    assert "3 iterations in a row" in said
+    assert "3 of these updates in a row" in said
     assert "with lower learning rates goes on from there" in said
     assert checkpoint.latest(output) == kept
     assert contents(kept) == before
@@ -278,12 +290,13 @@ def test_a_broken_or_foreign_checkpoint_is_told(
     before = contents(output)
     flow = tiny.flow_folder(tmp_path / "flow")
     del before["recipe.yaml"]
-    (output / "recipe.yaml").unlink()  # else it is the recipe that is told to be another
+    (output / "recipe.yaml").unlink()  # as where checkpoints alone were brought here
     text = again.read_text().replace(str(teacher), str(flow))
     steps = "method:\n  student_timesteps: [1000, 750, 500, 250]\n"
     again.write_text(text.replace("method:\n", steps))
     code, said = Run(again, tmp_path / "said").end()
     assert code == 2, said
-    assert "another network and another noise schedule" in said
+    assert "holds a run of another recipe" in said
+    assert f"model.pretrained_model_name_or_path: was '{teacher}', is '{flow}'" in said
     lost(lost_files(before, output), "files")
     assert lost_files(before, output) == 0

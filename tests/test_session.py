@@ -1,6 +1,7 @@
 """What a recipe becomes: guided teacher, reference, optimizers, pictures, prompts, precision."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +14,14 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from flashdmd import checkpoint
 from flashdmd.algorithm import Loss
 from flashdmd.config import Recipe
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.errors import UserError
 from flashdmd.files import alone_in, cut_torn_line
 from flashdmd.models.teacher import Teacher, load_pipeline
-from flashdmd.session import Session, open_session
+from flashdmd.session import Session, number_of, open_session, save
 
 PROMPTS = ("a cat emoji", "a red apple", "fluent emoji of a sad dog", "two hearts", "a ship")
 
@@ -216,6 +218,28 @@ def test_what_is_frozen_is_known_part_by_part(teacher: Teacher) -> None:
     model = {"reward_model_name_or_path": str(reward.with_name("another"))}
     changed = session(teacher, model).frozen
     assert {name for name in own.frozen if changed[name] != own.frozen[name]} == {"reward"}
+
+
+def test_weights_that_are_not_finite_are_not_saved(teacher: Teacher, tmp_path: Path) -> None:
+    own = session(teacher, output_dir=str(tmp_path))
+    trainer = own.trainer("distill")
+    save(own, trainer)
+    trainer.state.iteration = 1
+    next(own.student.parameters()).data.view(-1)[0] = math.nan
+    with pytest.raises(FloatingPointError, match="weights of student after iteration 1"):
+        save(own, trainer)
+    assert [p.name for p in checkpoint.all_of(tmp_path)] == ["checkpoint-0"]
+
+
+@pytest.mark.parametrize(
+    ("updates", "number"), [(100, 1_000_007), (449_999, 1_000_007), (600_000, 2_000_007)]
+)
+def test_a_checkpoint_of_stage_2_comes_after_all_of_stage_1(
+    updates: int, number: int, teacher: Teacher
+) -> None:
+    trainer = session(teacher, method={"ttur": 2}).trainer("joint")
+    trainer.state.iteration, trainer.state.before = 7, {"generator": updates}
+    assert number_of(trainer) == number
 
 
 @pytest.mark.parametrize("own_prompts", [False, True])

@@ -1,5 +1,6 @@
 """Measuring the student while a run goes on, so that its best checkpoint is kept."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def worth_of(recipe: Recipe) -> Callable[[Path], float | None] | None:
     def worth(folder: Path) -> float | None:
         about = checkpoint.state_of(folder)["about"]
         value = about["metrics"].get(name)
-        if value is None or measured_on(about["recipe"]) != now:
+        if value is None or not math.isfinite(value) or measured_on(about["recipe"]) != now:
             return None
         return SIGNS[name] * float(value)
 

@@ -7,6 +7,7 @@ manifest says is gone on from.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from flashdmd.plain import json_object
 FORMAT = 1
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NAME = re.compile(r"checkpoint-[0-9]+")
 INDEX = f"{WEIGHTS}.index.json"
 MANIFEST, STATE, SHARDS = "manifest.json", "state.json", "shards"
 
@@ -250,7 +252,7 @@ class Parts:
 
 def all_of(run: Path) -> list[Path]:
     """Every checkpoint-{step} in `run`, oldest first."""
-    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in run.glob("checkpoint-*") if NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 

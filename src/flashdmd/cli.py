@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from flashdmd.cli_emoji import emoji
-from flashdmd.errors import FULL, Interrupted, UserError
+from flashdmd.errors import FULL, Interrupted, Stopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -299,7 +299,8 @@ def main() -> None:
     again = "the same command" + (", without --no-resume," if "--no-resume" in sys.argv else "")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         with company():
             app()
@@ -309,12 +310,13 @@ def main() -> None:
         fail(str(e), 2)
     except Interrupted as e:
         fail(f"{e}; {again} goes on from there", 130)
-    except KeyboardInterrupt:
+    except Stopped:
         fail(f"stopped; what was saved before is intact, and {again} uses it", 130)
     except FloatingPointError as e:
         fail(
             f"not finite: {e}. What was saved before is intact; {again} with lower learning rates "
-            "goes on from there",
+            "goes on from there. Where that is not finite at once, the newest checkpoint led here: "
+            "move it away, and the run goes on from the one before",
             2,
         )
     except (MemoryError, RuntimeError, ImportError, OSError) as e:
@@ -391,8 +393,8 @@ def no_memory(error: BaseException, again: str) -> str:
 
 
 def interrupt(*_: object) -> None:
-    """SIGTERM outside of training, where it asks for a checkpoint, is as Ctrl-C."""
-    raise KeyboardInterrupt
+    """Ctrl-C and SIGTERM outside of training, where they ask for a checkpoint."""
+    raise Stopped
 
 
 def fail(message: str, code: int) -> None:

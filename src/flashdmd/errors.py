@@ -18,5 +18,12 @@ class UserError(ValueError):
         return SECRET.sub(r"\1***@", super().__str__())
 
 
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM where it cannot wait. Exit code 130.
+
+    No KeyboardInterrupt, which the command line's library would end without a word.
+    """
+
+
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """Stopped on request: where the state is, from which the same call goes on. Exit code 130."""

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from flashdmd.errors import UserError
+from flashdmd.errors import Stopped, UserError
 
 ERRNO = re.compile(r"os error (\d+)")  # how safetensors and tokenizers, in Rust, tell of one
 BESIDE = re.compile(r"\.(.+)\.(writing|retired|removing)-\d+(?:-\w+)?(\.\w+)?")  # left by a kill
@@ -114,7 +114,13 @@ def mend(folder: Path) -> None:
             retired.rename(folder)
     for kind in ("writing", "removing"):
         for rest in folder.parent.glob(f".{folder.name}.{kind}-*"):
-            shutil.rmtree(rest, ignore_errors=True)
+            with suppress(OSError):
+                clear(rest)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder, and of a link to one the link alone."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
 def mend_all(parent: Path) -> None:
@@ -125,7 +131,7 @@ def mend_all(parent: Path) -> None:
     for path in list(parent.iterdir()):
         if (name := BESIDE.fullmatch(path.name)) is None:
             continue
-        if path.is_dir():
+        if path.is_dir() or path.is_symlink():
             mend(parent / name[1])
         else:
             path.unlink(missing_ok=True)
@@ -135,7 +141,7 @@ def remove_folder(folder: Path) -> None:
     """Half of it is never there under its name, whenever this is killed."""
     leaving = folder.with_name(f".{folder.name}.removing-{own()}")
     folder.rename(leaving)
-    shutil.rmtree(leaving)
+    clear(leaving)
 
 
 def forget_origins(folder: Path) -> None:
@@ -190,7 +196,7 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, _: Any) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise Stopped
         asked.append(number)
         tqdm.write("stopping after this step, then saving; again stops now", file=sys.stderr)
 

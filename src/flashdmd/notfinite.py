@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def keep(bad: Bad, folder: Path, in_a_row: int, most: int) -> None:
     """Writes the batch, seed, stage, iteration and values of an iteration that skipped an update.
 
-    Every process writes its own rows of the batch. Raises FloatingPointError at the `most`-th
-    `in_a_row`.
+    Every process writes its own rows of the batch. Raises FloatingPointError when `most` updates
+    of one kind were skipped `in_a_row`.
     """
     facts = bad.facts
     name = f"{facts['stage']}-{facts['iteration']}-process-{distributed.rank()}"
@@ -30,13 +30,19 @@ def keep(bad: Bad, folder: Path, in_a_row: int, most: int) -> None:
         save_file(dict(tensors(bad)), beside / "batch.safetensors")
         told = facts | {"not_finite": texts(facts["not_finite"])}
         (beside / "facts.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-    old = sorted(folder.glob(f"*-process-{distributed.rank()}"), key=lambda p: p.stat().st_mtime)
+    old = sorted(folder.glob(f"*-process-{distributed.rank()}"), key=made)
     for path in old[:-KEPT]:
         remove_folder(path)
     said = f"iteration {facts['iteration']} of stage {facts['stage']}: {texts(facts['not_finite'])}"
     log.warning("skipped what is not finite in %s; kept in %s", said, folder / name)
     if in_a_row >= most:
-        raise FloatingPointError(f"{said}, {in_a_row} iterations in a row; see {folder}")
+        raise FloatingPointError(f"{said}, {in_a_row} of these updates in a row; see {folder}")
+
+
+def made(kept: Path) -> tuple[bool, int]:
+    """When, of two that were kept: by stage and iteration, for clocks go back."""
+    stage, iteration, *_ = kept.name.split("-")
+    return stage != "distill", int(iteration)
 
 
 def tensors(bad: Bad) -> Iterator[tuple[str, Tensor]]:

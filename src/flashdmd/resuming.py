@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from flashdmd import config, export
+from flashdmd import checkpoint, config, export
 from flashdmd.config import Recipe
 from flashdmd.errors import UserError
 from flashdmd.sources import EMOJI, OWN
@@ -127,15 +127,20 @@ def check_progress(recipe: Recipe, state: dict[str, Any], changed: set[str]) -> 
         )
 
 
-def check_same(recipe: Recipe) -> set[str]:
+def check_same(recipe: Recipe, point: Path | None = None) -> set[str]:
     """The keys that the run in the folder had otherwise, all of which may change; the log says so.
+    Where its recipe is gone, the one that the checkpoint `point` knows is compared.
 
     Raises UserError when it is a run of another recipe.
     """
     known = Path(recipe.output_dir) / "recipe.yaml"
-    if not known.exists():
+    if known.exists():
+        earlier = config.load(known, [])
+    elif point:
+        earlier = config.build(checkpoint.state_of(point)["about"].get("recipe", {}), str(point))
+    else:
         return set()
-    before, now = flat(config.load(known, [])), flat(recipe)
+    before, now = flat(earlier), flat(recipe)
     changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
     changed -= {"output_dir"}
     may = MAY_CHANGE

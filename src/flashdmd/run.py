@@ -58,7 +58,7 @@ COMPARED = 8  # prompts of comparison.png
 
 MADE = (  # by a run, beside its checkpoints; gone when it starts over
     "metrics.jsonl", "validation.jsonl", "metrics.json", "data.json", "timing.json", "report.html",
-    "samples", "student", "student-stage1",
+    "samples", "student", "student-stage1", "not-finite",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
@@ -101,7 +101,7 @@ def beginning(recipe: Recipe, resume: bool) -> Path | None:
     if not resume:
         return None
     point = checkpoint.latest(output)
-    changed = check_same(recipe)
+    changed = check_same(recipe, point)
     if point:
         state = checkpoint.state_of(point)
         check_progress(recipe, state, changed)
@@ -119,16 +119,17 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
     if distributed.first():
         for name in ("metrics.jsonl", "validation.jsonl"):
             cut_log(output / name, at["stage"], at["iteration"])
-        if point:  # a kill may have come before it was seen to
+        if point and not at.get("skipped"):  # a kill may have come before it was seen to
             checkpoint.prune(output, recipe.train.checkpoints_total_limit, session.worth)
+    unmeasured = bool(point and session.measure and not at["about"].get("metrics"))
     if at["stage"] == "distill":
         trainer = session.trainer("distill")
         if point:
             trainer.restore(point)
-        run_stage(session, trainer, recipe.train.max_train_steps, show)
+        run_stage(session, trainer, recipe.train.max_train_steps, show, unmeasured)
         session.start = trainer.state.for_next_stage()
         write_student(session, trainer, "student-stage1")
-        point = None
+        point, unmeasured = None, False
     # back from the file, also where it has just been written: a LoRA's scale is divided out again
     export.read_student(session.student, output / "student-stage1")
     session.take_over()
@@ -138,7 +139,7 @@ def both_stages(session: Session, point: Path | None, show: Progress) -> None:
         trainer = session.trainer(recipe.train.stage2)
         if point:
             trainer.restore(point)
-        run_stage(session, trainer, recipe.train.joint_train_steps, show)
+        run_stage(session, trainer, recipe.train.joint_train_steps, show, unmeasured)
     write_student(session, trainer, "student")
     if (stopwatch := session.stopwatch).iterations and distributed.first():
         write_json(

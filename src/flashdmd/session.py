@@ -48,6 +48,7 @@ from flashdmd.stopwatch import Stopwatch
 from flashdmd.trainer import Learner, State, Trainer
 
 PLAIN = "efficientnet-lite0"  # the backbone that is shipped
+SPARE = 10**5  # iterations of stage 1 that may have been made beside those that count
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, of, last record
 
 
@@ -353,15 +354,32 @@ def build_discriminator(recipe: Recipe, teacher: Teacher, score: NetworkDenoiser
     return Discriminator(backbone.to(teacher.device), seen, critic.width).to(teacher.device)
 
 
-def run_stage(session: Session, trainer: Trainer, target: int, progress: Progress) -> None:
+def run_stage(
+    session: Session, trainer: Trainer, target: int, progress: Progress, unmeasured: bool = False
+) -> None:
     """Iterates to `target` generator updates, of stage "rl" preference updates; saves on the way,
-    when stopped, and at the end.
+    when stopped, and at the end. With `unmeasured`, what it goes on from was due and is measured.
+
+    While updates are skipped nothing is saved but the end of the stage, which then removes no
+    older checkpoint. Raises Interrupted when stopped.
     """
     train, output = session.recipe.train, session.output
     counted = "preference" if trainer.stage == "rl" else "generator"
     log = output / "metrics.jsonl"
+
+    def ends() -> bool:
+        return trainer.state.updates.get(counted, 0) >= target and trainer.at_boundary
+
+    def due() -> bool:
+        done, every = trainer.state.updates.get(counted, 0), train.checkpointing_steps
+        well = trainer.state.bad_in_a_row == 0  # else an earlier checkpoint is the better one
+        often = bool(well and every and done and done % every == 0)
+        return trainer.at_boundary and (often or ends())
+
     with stoppable() as asked, ended(trainer.batches):
-        while trainer.state.updates.get(counted, 0) < target or not trainer.at_boundary:
+        if unmeasured and due():
+            save(session, trainer, measured=True)
+        while not ends():
             record = trainer.iterate()
             done = trainer.state.updates.get(counted, 0)
             append(log, where(trainer) | record)
@@ -369,21 +387,21 @@ def run_stage(session: Session, trainer: Trainer, target: int, progress: Progres
             if trainer.bad:
                 in_a_row, most = trainer.state.bad_in_a_row, train.max_bad_iterations
                 notfinite.keep(trainer.bad, output / "not-finite", in_a_row, most)
-            every, ends = train.checkpointing_steps, done >= target
-            well = trainer.state.bad_in_a_row == 0  # else an earlier checkpoint is the better one
-            due = trainer.at_boundary and (ends or (well and every and done % every == 0))
             stop = distributed.any_of(asked())
-            if due or stop:
-                save(session, trainer, measured=bool(due))
+            if due() or (stop and trainer.state.bad_in_a_row == 0):
+                save(session, trainer, measured=due() and not stop)  # to measure can take long
             if stop:
                 raise stopped(trainer, output)
+        if distributed.any_of(asked()):  # while it was saved for the last time
+            raise stopped(trainer, output)
 
 
 def stopped(trainer: Trainer, output: Path) -> Interrupted:
-    return Interrupted(
-        f"stopped after {trainer.generator_updates} generator updates of stage {trainer.stage}; "
-        f"saved in {output}"
-    )
+    saved = f"saved in {output}"
+    if trainer.state.bad_in_a_row:
+        saved = f"losses were not finite, so what is saved in {output} is from before them"
+    done, stage = trainer.generator_updates, trainer.stage
+    return Interrupted(f"stopped after {done} generator updates of stage {stage}; {saved}")
 
 
 def where(trainer: Trainer) -> dict[str, Any]:
@@ -408,8 +426,10 @@ def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
     """Writes checkpoint-{iterations}, of stage 2 a million later, and prunes older ones.
 
     On a full disk these make room for it, unless all are to be kept. With `measured` the student
-    is measured first, if it is to be.
+    is measured first, if it is to be. Raises FloatingPointError for weights that are not finite.
     """
+    if odd := trainer.not_finite():
+        raise FloatingPointError(f"weights of {odd} after iteration {trainer.state.iteration}")
     metrics: dict[str, Any] = {}
     if measured and session.measure:
         row = session.measure(trainer.stage)
@@ -417,8 +437,7 @@ def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
         append(session.output / "validation.jsonl", where(trainer) | row)
         metrics = {name: v for name, v in row.items() if not name.startswith("seconds")}
     limit = session.recipe.train.checkpoints_total_limit
-    step = trainer.state.iteration + (10**6 if trainer.stage != "distill" else 0)
-    folder = session.output / f"checkpoint-{step}"
+    folder = session.output / f"checkpoint-{number_of(trainer)}"
     about = {
         "recipe": json.loads(session.recipe.model_dump_json()),
         "versions": versions(),
@@ -437,8 +456,16 @@ def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
             raise
         checkpoint.prune(session.output, 1, session.worth)
         trainer.save(folder, about)
-    if distributed.first():
+    if distributed.first() and trainer.state.bad_in_a_row == 0:
         checkpoint.prune(session.output, limit, session.worth)
+
+
+def number_of(trainer: Trainer) -> int:
+    """Of a checkpoint: its iterations, of stage 2 a million later, or as many as lie behind it."""
+    if trainer.stage == "distill":
+        return trainer.state.iteration
+    before = trainer.state.before.get("generator", 0) * trainer.algorithm.method.ttur
+    return trainer.state.iteration + 10**6 * (1 + (before + SPARE) // 10**6)
 
 
 def cut_log(log: Path, stage: str, iteration: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +86,14 @@ class State:
     averaged: int = 0  # updates in the average that the run started from: another run's student
     gan_loss_weight: float | None = None  # lambda_adv; None: the method's, until it is calibrated
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sums: matching, adversarial
-    bad_in_a_row: int = 0  # iterations, up to this one, with an update that was skipped
+    skipped: dict[str, int] = field(default_factory=dict)  # in a row, by kind of update
+
+    @property
+    def bad_in_a_row(self) -> int:
+        """The most updates of one kind that were skipped since it last was finite: others may be
+        finite in between, as the score estimator is where a decoder overflows.
+        """
+        return max(self.skipped.values(), default=0)
 
     @property
     def in_average(self) -> int:
@@ -169,11 +176,13 @@ class Trainer:
             if odd := {k: v for k, v in told.items() if not math.isfinite(v)}:
                 bad[update] = odd
                 told = {f"{update}/skipped": 1.0}
+                self.state.skipped[update] = self.state.skipped.get(update, 0) + 1
+            else:
+                self.state.skipped.pop(update, None)
             record |= told
         if "score" in updates:
             self.state.images += len(batch.noise) * distributed.ranks()
         self.state.iteration += 1
-        self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if bad else 0
         where = {"stage": self.stage, "iteration": n, "seed": self.seed, "steps": steps}
         self.bad = Bad(where | {"not_finite": bad}, batch) if bad else None
         seconds = time.perf_counter() - started
@@ -298,7 +307,7 @@ class Trainer:
     def weigh(self, matching: Gradients, adversarial: Gradients) -> dict[str, float]:
         """The gradient of the generator's loss, and the norm that each of its two terms has."""
         distributed.average([*matching.values(), *adversarial.values()])
-        norms = norm_of(matching), norm_of(adversarial)
+        norms = norm_of(matching.values()), norm_of(adversarial.values())
         for p in self.learners["generator"].network.parameters():
             terms = [taken[p] for taken in (matching, adversarial) if p in taken]
             p.grad = terms[0].add_(terms[1]) if len(terms) == 2 else next(iter(terms), None)
@@ -338,9 +347,14 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         state = checkpoint.load(folder, self.networks(), self.optimizers())
-        assert state.pop("stage") == self.stage
+        stage = state.pop("stage")
         if state.keys() != State.__dataclass_fields__.keys():
             raise UserError(f"the checkpoint {folder} is of another version; start over")
+        if stage != self.stage:
+            raise UserError(
+                f"the checkpoint {folder} is of stage {stage}, and this run is in {self.stage}; "
+                "give another output_dir"
+            )
         self.state = State(**state)
         self.take_weight()
 
@@ -349,6 +363,15 @@ class Trainer:
         names = {id(learner.network): name for name, learner in reversed(self.learners.items())}
         found = {name: self.learners[name].network for name in sorted(names.values())}
         return found | ({"student": self.student} if self.student else {})
+
+    @torch.no_grad()
+    def not_finite(self) -> str:
+        """The trained networks whose weights have a length that is not finite in float32; or ""."""
+        lengths = {
+            name: norm_of(checkpoint.trained(network).values())
+            for name, network in self.networks().items()
+        }
+        return " and ".join(name for name, x in lengths.items() if not math.isfinite(x))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: learner.optimizer for name, learner in self.learners.items()}
@@ -364,7 +387,7 @@ def take_gradients(network: nn.Module, taken: Gradients) -> None:
             p.grad = None
 
 
-def norm_of(gradients: Gradients) -> float:
-    """The length of all gradients together; 0 of none."""
-    norms = torch._foreach_norm(list(gradients.values())) if gradients else [torch.zeros(())]
+def norm_of(tensors: Collection[Tensor]) -> float:
+    """The length of all together; 0 of none."""
+    norms = torch._foreach_norm(list(tensors)) if tensors else [torch.zeros(())]
     return distributed.number(torch.stack(list(norms)).norm())
