@@ -446,8 +446,8 @@ def save(session: Session, trainer: Trainer, measured: bool = False) -> None:
         "frozen": session.frozen,
         "metrics": metrics,
     }
-    if distributed.first():
-        sync(session.output / "metrics.jsonl")
+    if distributed.first() and (log := session.output / "metrics.jsonl").exists():
+        sync(log)
     try:
         trainer.save(folder, about)
     except OSError as e:
