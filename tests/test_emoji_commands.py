@@ -284,3 +284,30 @@ def test_each_command_refuses_a_folder_that_was_begun_otherwise(
     with pytest.raises(UserError, match=said):
         trains[command]()
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "said"),
+    [
+        (["vae"], "", "config.json of AutoencoderKL"),
+        (["vae"], "unet", "config.json of AutoencoderKL"),
+        (["teacher"], "unet", "model_index.json of StableDiffusionPipeline or config.json of Auto"),
+        (["teacher", "--family", "flow"], "vae", "model_index.json of StableDiffusion3Pipeline"),
+        (["reward"], "unet", "model_index.json of StableDiffusionPipeline"),
+    ],
+)
+def test_a_start_of_another_kind_is_told_what_is_wanted(
+    words: list[str],
+    start: str,
+    said: str,
+    score_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = str(score_folder / start)
+    assert call(monkeypatch, *words, "--start", where, "--output", str(tmp_path / "out")) == 2
+    err = capsys.readouterr().err
+    assert f"--start {where}: give a folder with" in err
+    assert said in err
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fuzzing import (
     answered,
     files_in,
     fuzz,
+    patient,
     spoilt_bytes,
     spoilt_json,
     texts_of,
@@ -30,6 +32,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flashdmd.data import listing, open_data, read_prompts
+from flashdmd.errors import UserError
+from flashdmd.preferences import open_preferences
 
 NAMES = st.sampled_from(
     [
@@ -121,19 +125,22 @@ BYTES = TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass"))
         b"\n".join
     )
     | st.lists(VALUES.map(texts_of) | spoilt_json({"prompt": "a cat"}), max_size=4).map(b"\n".join),
-    st.sampled_from([".txt", ".jsonl", "", ".json"]),
+    st.sampled_from([".txt", ".TXT", ".jsonl", ".JSONL", "", ".json", ".csv"]),
 )
 def test_prompts(base: Path, content: bytes, ending: str) -> None:
     path = base / f"prompts{ending}"
     path.write_bytes(content)
     prompts = answered(lambda: read_prompts(path), "prompts")
+    if ending in (".json", ".csv"):
+        assert prompts is None
     if prompts is not None:
         assert prompts
         for prompt in prompts:
             assert prompt.strip()
             prompt.encode("utf-8")  # no half of a pair
             assert "\0" not in prompt
-        if ending != ".jsonl":
+            assert len(prompt) <= 10_000
+        if ending.lower() != ".jsonl":
             lines = content.decode("utf-8-sig").split("\n")
             assert prompts == [line.strip() for line in lines if line.strip()]
 
@@ -163,6 +170,7 @@ def look(where: Path) -> None:
         assert drawn.pictures is not None
         assert drawn.pictures.shape == (3, 3, 8, 8)
         assert all(c == " ".join(c.split()) and c and "\0" not in c for c in drawn.captions)
+        assert all(len(c) <= 10_000 for c in drawn.captions)
         assert all(one.name.isprintable() for one in source.catalogue.listing.left_out)
         for i in range(len(source.catalogue)):
             source.catalogue.caption(i).encode("utf-8")
@@ -179,8 +187,10 @@ def put(folder: Path, name: str, content: bytes) -> None:
 @fuzz(70)
 @given(
     st.lists(st.tuples(NAMES, ENDINGS, PICTURES), min_size=1, max_size=4),
-    st.sampled_from([b"a caption", b"", b"\xff", b"\xef\xbb\xbfcaption", b" \n ", b"a\0b"]),
-    st.sampled_from(["", "loop", "gone", "outside", "fifo", "folder.png"]),
+    st.sampled_from(
+        [b"a caption", b"", b"\xff", b"\xef\xbb\xbfcaption", b" \n ", b"a\0b", b"a " * 5001]
+    ),
+    st.sampled_from(["", "loop", "gone", "outside", "fifo", "folder.png", "words"]),
 )
 def test_folders_of_pictures(
     base: Path, files: list[tuple[str, str, bytes]], caption: bytes, odd: str
@@ -196,6 +206,10 @@ def test_folders_of_pictures(
         (folder / "link.png").symlink_to(links[odd])
     elif odd == "fifo":
         os.mkfifo(folder / "pipe.png")
+        put(folder, "pipe.txt", b"a caption")  # else it is left out for want of one
+    elif odd == "words":
+        os.mkfifo(folder / "words.txt")
+        put(folder, "words.png", WHOLE[1])
     elif odd:
         (folder / odd).mkdir()
     used(folder)
@@ -223,6 +237,83 @@ def test_folders_with_metadata(base: Path, lines: list[bytes], name: str, betwee
     )  # fmt: skip
     put(folder, name, between.join([good, *lines]))
     used(folder)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.txt", "metadata.jsonl", "metadata.csv", "a.tar"])
+@pytest.mark.parametrize("target", ["pipe", "/dev/null"])
+def test_pipes_and_devices_are_named_and_not_opened(base: Path, name: str, target: str) -> None:
+    folder = fresh(base)
+    put(folder, "a.png", WHOLE[0])
+    put(folder, "a.txt", b"a caption")
+    if name == "a.tar":
+        (folder / "a.png").unlink()
+    (folder / name).unlink(missing_ok=True)
+    if target == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(target)
+    with patient(), pytest.raises(UserError, match="regular file"):
+        open_data(folder, 8)
+
+
+# preferences --------------------------------------------------------------------------------------
+
+PAIR = {
+    "caption": "a cat", "label_0": 1, "label_1": 0, "has_label": True, "num_example_per_prompt": 2,
+    "image_0": "0.png", "image_1": "1.png", "aesthetic_gap": 0.5, "different_flag": 1,
+}  # fmt: skip
+
+
+@fuzz(150)
+@given(
+    st.lists(spoilt_json(PAIR), min_size=1, max_size=3),
+    st.sampled_from(["p.jsonl", "p.JSONL"]),
+    st.booleans(),
+)
+def test_preferences(base: Path, lines: list[bytes], name: str, apart: bool) -> None:
+    """Every pair that is used has a label, a weight and words."""
+    folder = fresh(base)
+    put(folder, "0.png", WHOLE[0])
+    put(folder, "1.png", WHOLE[1])
+    good = texts_of(PAIR)
+    put(folder, name, b"\n".join([good] * 3) if apart else b"\n".join([good, *lines]))
+    put(folder, "gaps.jsonl", b"\n".join([good, *lines]))
+    gaps = folder / "gaps.jsonl" if apart else None
+    found = answered(lambda: open_preferences(folder / name, gaps=gaps), "preferences")
+    if found is not None:
+        pairs = found[0]
+        assert len(pairs) == len(pairs.captions) > 0
+        assert np.isin(pairs.labels, (0, 0.5, 1)).all()
+        assert (np.isfinite(pairs.per_prompt) & (pairs.per_prompt >= 1)).all()
+        for caption in pairs.captions:
+            caption.encode("utf-8")
+            assert "\0" not in caption
+            assert len(caption) <= 10_000
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label_0", "x"),
+        ("label_0", [1]),
+        ("label_1", "0"),
+        ("has_label", "false"),
+        ("num_example_per_prompt", "x"),
+        ("num_example_per_prompt", 0),
+        ("num_example_per_prompt", None),
+        ("aesthetic_gap", "x"),
+        ("aesthetic_gap", 10**400),
+        ("different_flag", {}),
+        ("caption", "a\ud800"),
+    ],
+)
+def test_a_preference_that_is_none_is_named(base: Path, key: str, value: Any) -> None:
+    folder = fresh(base)
+    put(folder, "0.png", WHOLE[0])
+    put(folder, "1.png", WHOLE[1])
+    put(folder, "p.jsonl", texts_of(PAIR) + b"\n" + texts_of({**PAIR, key: value}))
+    with pytest.raises(UserError, match=rf"p\.jsonl: .*{key}.* (row|which is) 1"):
+        open_preferences(folder / "p.jsonl")
 
 
 # tars ---------------------------------------------------------------------------------------------

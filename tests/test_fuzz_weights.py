@@ -24,7 +24,15 @@ from flashdmd.loading import load_lora, load_reward, load_teacher
 from flashdmd.models import latent_reward, meta, published_lrm
 from flashdmd.models.denoiser import Adapter, AdapterDenoiser
 from flashdmd.models.lora_keys import FILE_NAME as LORA
-from flashdmd.models.teacher import Teacher, add_lora, index_of, load_pipeline, part_config
+from flashdmd.models.teacher import (
+    Teacher,
+    add_lora,
+    index_of,
+    load_pipeline,
+    load_vae,
+    part_config,
+    to_uint8,
+)
 from flashdmd.models.vision import load_backbone, statistics_of
 
 WHOLE = save(
@@ -313,6 +321,89 @@ def test_a_network_of_endless_layers_is_not_begun(base: Path, teacher: Teacher, 
             pytest.raises(UserError, match=f"{key}=2147483648; no network has"),
         ):
             read(str(folder))
+
+
+NAN = float("nan")
+UNET, VAE, WORDS = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+STEPS, TOKENS = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+SHARDS = "unet/diffusion_pytorch_model.safetensors.index.json"
+NESTED = b'{"a":' * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (UNET, {"sample_size": 0}, "sample_size=0; a whole number above 0"),
+        (UNET, {"sample_size": -8}, "sample_size=-8; a whole number above 0"),
+        (UNET, {"layers_per_block": -1}, "layers_per_block=-1; no network has less"),
+        (VAE, {"scaling_factor": "x"}, "scaling_factor='x'.* accepted are a finite number above 0"),
+        (VAE, {"scaling_factor": 0}, "scaling_factor=0 "),
+        (VAE, {"scaling_factor": NAN}, "scaling_factor=nan"),
+        (VAE, {"shift_factor": NAN}, "shift_factor=nan"),
+        (STEPS, {"beta_end": NAN}, "beta_end=nan; accepted are numbers between 0 and 1"),
+        (STEPS, {"beta_start": 0}, "beta_start=0 "),
+        (STEPS, {"timestep_spacing": "x"}, "timestep_spacing='x'; supported are leading"),
+        (WORDS, {"quantization_config": {"quant_method": "bitsandbytes"}}, "not quantised"),
+        (TOKENS, None, r"tokenizer in .* has model_max_length=1000000.*; accepted are 3 to 24"),
+        (TOKENS, {"model_max_length": -5}, "model_max_length=-5; accepted are 3 to 24"),
+        (TOKENS, {"model_max_length": 2}, "model_max_length=2; accepted are 3 to 24"),
+        (TOKENS, {"model_max_length": 10**9}, "model_max_length=1000000000; accepted are 3 to 24"),
+        (TOKENS, {"model_max_length": 24.0}, r"model_max_length=24\.0; accepted are 3 to 24"),
+        (UNET, NESTED, "unet/config.json cannot be loaded: nested too deeply"),
+        (VAE, NESTED, "vae/config.json cannot be loaded: nested too deeply"),
+        (WORDS, NESTED, "text_encoder/config.json cannot be loaded: nested too deeply"),
+        (SHARDS, {"weight_map": [1, 2]}, "index.json has no weight_map"),
+        (SHARDS, b'"abc"', "index.json cannot be loaded: a str where an object is wanted"),
+        (SHARDS, b"3", "index.json cannot be loaded: a int where an object is wanted"),
+    ],
+)
+def test_what_a_pipelines_files_say_is_looked_at_before_it_is_a_teacher(
+    base: Path, teacher: Teacher, name: str, change: Any, said: str
+) -> None:
+    """Its weights are whole, and diffusers loads most of these."""
+    shutil.rmtree(base / "changed", ignore_errors=True)
+    path = shutil.copytree(base / "teacher", base / "changed") / name
+    if change is None:
+        path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(old | change))
+    with patient(), pytest.raises(UserError, match=said):
+        load_teacher(str(base / "changed"))
+
+
+def test_a_tokenizer_whose_pipeline_says_the_length_may_say_anything(base: Path) -> None:
+    """T5's is without one in SD3's folder as it is published."""
+    folder = tiny.flow_folder(base / "flow")
+    path = folder / "tokenizer_3/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 10**30}))
+    read = load_pipeline(folder)
+    assert read.pipeline.tokenizer_3.model_max_length == 10**30
+    assert all(v.isfinite().all() for v in read.encode_prompts(["a cat"]).values())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_no_floats(base: Path, teacher: Teacher, part: str) -> None:
+    folder = shutil.copytree(base / "teacher", base / f"whole-{part}", dirs_exist_ok=True)
+    (path,) = (folder / part).glob("*.safetensors")
+    content = save({k: v.int() for k, v in load_file(path).items()}, metadata={"format": "pt"})
+    put(path, content)
+    with pytest.raises(UserError, match=r"has .* in I32; accepted are floats"):
+        load_teacher(str(folder))
+    if part == "vae":
+        with pytest.raises(UserError, match="in I32; accepted are floats"):
+            load_vae(str(folder / "vae"))
+
+
+def test_pictures_that_are_not_finite_are_no_pictures(base: Path, teacher: Teacher) -> None:
+    broken = load_teacher(str(base / "teacher"))
+    broken.denoiser.network.conv_out.bias.fill_(NAN)
+    with pytest.raises(UserError, match="teacher draws holds numbers that are none"):
+        broken.sample(["a cat"], broken.noise(1, 0), 1, 1.0)
+    with pytest.raises(FloatingPointError, match="numbers that are none"):
+        to_uint8(torch.full((1, 3, 2, 2), NAN))
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,26 @@ import typer
 from flashdmd.errors import UserError
 
 emoji = typer.Typer(no_args_is_help=True, help="Re-make the parts of the embedded default.")
-NETWORKS = ("model_index.json", "config.json")  # what save_pretrained leaves
+SCORE, FLOW, VAE = "StableDiffusionPipeline", "StableDiffusion3Pipeline", "AutoencoderKL"
+TOLD_IN = {SCORE: "model_index.json", FLOW: "model_index.json", VAE: "config.json"}
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 
 
-def check_start(folder: Path | None, holds: tuple[str, ...] = NETWORKS) -> None:
-    """Raises UserError for a folder that does not hold one of these files."""
-    if folder is not None and not any((folder / n).is_file() for n in holds):
-        raise UserError(f"--start {folder}: give a folder with {' or '.join(holds)}")
-    if folder is not None:
-        from flashdmd.models import teacher, trust
+def check_start(folder: Path | None, *kinds: str) -> None:
+    """Raises UserError for a folder that holds none of these classes of diffusers."""
+    if folder is None:
+        return
+    from flashdmd.models import teacher, trust
 
-        if (folder / NETWORKS[0]).is_file():
-            trust.trusted(str(folder), teacher.index_of(str(folder)), {})
-        else:
-            trust.refuse_unsafe(folder)
+    told = [trust.read(folder / TOLD_IN[kind]).get("_class_name") == kind for kind in kinds]
+    if not any(told):
+        wanted = " or ".join(f"{TOLD_IN[kind]} of {kind}" for kind in kinds)
+        raise UserError(f"--start {folder}: give a folder with {wanted}")
+    if kinds[told.index(True)] == VAE:
+        trust.refuse_unsafe(folder)
+    else:
+        trust.trusted(str(folder), teacher.index_of(str(folder)), {})
 
 
 @emoji.command("data")
@@ -53,7 +57,7 @@ def emoji_vae(
     """Train the autoencoder."""
     from flashdmd.emoji import vae
 
-    check_start(start)
+    check_start(start, VAE)
     if decoder_only and start is None:
         raise UserError("--decoder-only: name the autoencoder whose encoder stays with --start")
     vae.train(
@@ -92,7 +96,7 @@ def emoji_teacher(
     """Train a teacher; goes on where it was stopped."""
     from flashdmd.emoji.world import ASSETS
 
-    check_start(start, NETWORKS if family == "score" else NETWORKS[:1])
+    check_start(start, SCORE, VAE if family == "score" else FLOW)
     if bad := [folder for folder in tutor or [] if not (folder / "model_index.json").is_file()]:
         raise UserError(f"--tutor {bad[0]}: give the folder of a teacher, with model_index.json")
     if family not in ("score", "flow"):
@@ -125,7 +129,7 @@ def emoji_reward(
     from flashdmd.emoji import reward
     from flashdmd.emoji.world import ASSETS
 
-    check_start(start)
+    check_start(start, SCORE)
     teacher = start or ASSETS / "score"
     trained = reward.train(output, teacher, max_train_steps, seed=seed)
     typer.echo(f"Wrote {output / 'reward'}")

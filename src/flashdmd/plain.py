@@ -2,6 +2,8 @@
 
 import json
 import re
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from flashdmd.errors import UserError
 
 LARGEST = 2**20  # bytes of a recipe; what is larger is something else, and would take minutes
 Json = dict[str, Any]
+Pairs = list[tuple[str, Any]]
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,21 +112,34 @@ def parse(text: str, where: str) -> Any:
 def read(path: Path, what: str) -> str:
     """The text of a small file; of a pipe too. Raises UserError, which calls it `what`."""
     try:
-        with path.open("rb") as f:
-            raw = f.read(LARGEST + 1)
-        if len(raw) > LARGEST:
-            raise UserError(f"{what} {path} is larger than {LARGEST} bytes; is it another file?")
-        return raw.decode("utf-8")
+        return limited(path, what, LARGEST).decode("utf-8")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8 text") from e
     except OSError as e:
         raise UserError(f"{what} {path} cannot be read: {e.strerror or e}") from e
 
 
-def json_object(text: str | bytes) -> Json:
-    """The object that a JSON text is. Raises ValueError for anything else."""
+def limited(path: Path, what: str, most: int) -> bytes:
+    """All bytes of a file. Raises UserError, which calls it `what`, for more than `most`."""
+    with path.open("rb") as f:
+        raw = f.read(most + 1)
+    if len(raw) > most:
+        raise UserError(f"{what} {path} is larger than {most} bytes; is it another file?")
+    return raw
+
+
+def regular(path: Path) -> bool:
+    """Whether it is a file, through links: no folder, and no pipe or device, which may not end.
+
+    Raises OSError for what is not there.
+    """
+    return stat.S_ISREG(path.stat().st_mode)
+
+
+def json_object(text: str | bytes, pairs: Callable[[Pairs], Json] | None = None) -> Json:
+    """The object that a JSON text is, each made by `pairs`. Raises ValueError for anything else."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=pairs)
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
     if not isinstance(found, dict):

@@ -26,14 +26,16 @@ from torch import Tensor
 from flashdmd.data.listing import MOST_LEFT_OUT as MOST_BROKEN
 from flashdmd.data.listing import TELL_AFTER
 from flashdmd.data.pictures import FORMATS
-from flashdmd.data.prompts import read_text, record
+from flashdmd.data.prompts import read_text, record, sound
 from flashdmd.errors import UserError
 from flashdmd.files import digest
 from flashdmd.seeds import seed_of
 
 TIE = 0.5
 SIDES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
-COLUMNS = ("caption", "label_0", "label_1", "has_label", "num_example_per_prompt")
+EXAMPLES = "num_example_per_prompt"
+COLUMNS = ("caption", "label_0", "label_1", "has_label", EXAMPLES)
+LONGEST = 50  # characters of a value that are told
 DIFFERENT = "different_flag"  # of a file of gaps: 0 is a tie (LPO's)
 SHARD = re.compile(r"(\w+)-\d+-of-\d+")  # how the hub names the files of a split
 # LPO's second strategy, on the leads of the preferred picture: least of a kept pair, most of a tie
@@ -200,52 +202,74 @@ def open_preferences(
     `gap_names` are used if there are any. Raises UserError for what cannot be read as this.
     """
     columns, pictures = (
-        from_lines(path) if path.suffix == ".jsonl" else from_datasets(path, split, gap_names)
+        from_lines(path) if is_lines(path) else from_datasets(path, split, gap_names)
     )
-    return assemble(path, columns, pictures, read_gaps(gaps) if gaps else columns, gap_names)
+    scores = read_gaps(gaps) if gaps else columns
+    return assemble(path, columns, pictures, gaps or path, scores, gap_names)
+
+
+def is_lines(path: Path) -> bool:
+    return path.suffix.lower() == ".jsonl"
 
 
 def assemble(
     path: Path,
     columns: Columns,
     pictures: Callable[[int], tuple[Raw, Raw]],
+    given: Path,
     scores: Columns,
     gap_names: tuple[str, ...],
 ) -> tuple[Preferences, Counts]:
-    """Preferences of the rows with a label, their columns checked."""
+    """Preferences of the rows with a label, their columns checked; `given` has the `scores`."""
     if missing := [name for name in ("caption", "label_0") if name not in columns]:
         raise UserError(f"{path} has no column {missing[0]}; it has {', '.join(columns)}")
-    captions, labels = list(columns["caption"]), numbers(columns["label_0"])
+    captions, labels = list(columns["caption"]), numbers(path, columns, "label_0")
     if "label_1" in columns:
-        other = numbers(columns["label_1"])
+        other = numbers(path, columns, "label_1")
         refuse_rows(path, labels + other != 1, labels, "label_0 and label_1 do not add up to 1")
     refuse_rows(path, ~np.isin(labels, (0, TIE, 1)), labels, "label_0 is not 1, 0 or 0.5")
     mute = np.array([not isinstance(caption, str) for caption in captions])
     refuse_rows(path, mute, labels, "caption is not a text")
     labelled = ~np.isnan(labels)
+    for row in np.flatnonzero(labelled):
+        sound(captions[row], f"{path}: the caption of row {row}")
     if "has_label" in columns:
-        labelled &= np.array([bool(x) for x in columns["has_label"]])
-    gaps = {name: numbers(scores[name]) for name in gap_names if name in scores}
+        labelled &= numbers(path, columns, "has_label") == 1
+    gaps = {name: numbers(given, scores, name) for name in gap_names if name in scores}
     if odd := [name for name, values in gaps.items() if len(values) != len(labels)]:
         raise UserError(
             f"{path} has {len(labels)} rows and there are {len(gaps[odd[0]])} of {odd[0]}; a file "
             "of gaps has one for each row, in the same order"
         )
     if DIFFERENT in scores:
-        differ = (numbers(scores[DIFFERENT]) == 1) != (labels != TIE)
+        differ = (numbers(given, scores, DIFFERENT) == 1) != (labels != TIE)
         refuse_rows(path, differ & labelled, labels, f"{DIFFERENT} says otherwise than label_0")
     if not labelled.any():
         raise UserError(f"none of the {len(labels)} rows of {path} has a label")
+    captions = [str(caption) for caption in captions]  # of unlabelled rows they may be anything
     counted = Counter(captions)
-    own = columns.get("num_example_per_prompt", [counted[c] for c in captions])
-    pairs = Preferences(captions, labels, numbers(own), gaps, pictures, np.arange(len(labels)))
+    own = {EXAMPLES: columns.get(EXAMPLES, [counted[c] for c in captions])}
+    per_prompt = numbers(path, own, EXAMPLES)
+    few = ~((per_prompt >= 1) & np.isfinite(per_prompt))
+    refuse_rows(path, few & labelled, labels, f"{EXAMPLES} is not a number of 1 or more")
+    pairs = Preferences(captions, labels, per_prompt, gaps, pictures, np.arange(len(labels)))
     counts = {"rows": len(labels), "without a label": int((~labelled).sum())}
     return pairs.take(labelled), counts
 
 
-def numbers(values: Iterable[Any]) -> np.ndarray:
-    """As float64; NaN for none."""
-    return np.array([np.nan if x is None else float(x) for x in values])
+def numbers(path: Path, columns: Columns, name: str) -> np.ndarray:
+    """A column as float64; NaN for none. Raises UserError that names the first row of no number."""
+    found = []
+    for row, x in enumerate(columns[name]):
+        try:
+            if isinstance(x, str):
+                raise TypeError("a text")
+            found.append(np.nan if x is None else float(x))
+        except (TypeError, ValueError, OverflowError) as e:
+            raise UserError(
+                f"{path}: {name} of row {row} is {str(x)[:LONGEST]!r}; accepted are numbers"
+            ) from e
+    return np.array(found)
 
 
 def refuse_rows(path: Path, wrong: np.ndarray, labels: np.ndarray, what: str) -> None:
@@ -287,7 +311,7 @@ def by_name(entries: list[dict[str, Any]]) -> Columns:
 def read_gaps(path: Path) -> Columns:
     """A .csv with a header, or a .jsonl."""
     text = read_text(path, "the file of score gaps", "give a .csv or a .jsonl")
-    if path.suffix == ".jsonl":
+    if is_lines(path):
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         return by_name([record(line, f"{path}, line {i}") for i, line in lines])
     try:
@@ -372,6 +396,8 @@ def raw_of(folder: Path, value: Any) -> Raw:
         if value.get("bytes") is None and (inside.is_absolute() or ".." in inside.parts):
             raise ValueError(f"{inside} is outside the data set's folder")
         value = value["bytes"] if value.get("bytes") is not None else folder / inside
+    if isinstance(value, Path) and value.exists() and not value.is_file():
+        raise ValueError(f"{value} is no regular file")
     if not isinstance(value, bytes | Path):
         raise ValueError(f"a picture is {type(value).__name__}, not bytes")
     return value

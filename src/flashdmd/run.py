@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from flashdmd import beforehand, best, checkpoint, config, distributed, export
 from flashdmd.config import Recipe
+from flashdmd.data.prompts import sound
 from flashdmd.drawing import Arm
 from flashdmd.emoji import judge
 from flashdmd.emoji.teacher import SHOWN
@@ -378,6 +379,8 @@ def sample(
     Students are called plainly, at the steps they were trained for; `guidance` and `steps` are for
     teachers, 3 and 50 unless given.
     """
+    for number, prompt in enumerate(prompts, 1):
+        sound(prompt, f"prompt {number}")
     check_output(output)
     teacher, notes = load_teacher(model), export.notes_of(Path(model))
     trained = notes.steps if notes else None

@@ -14,6 +14,7 @@ from flashdmd.cache import Embeddings, Latents, fingerprint
 from flashdmd.config import Recipe
 from flashdmd.data import PictureSource, TeacherSamples, open_data, read_prompts
 from flashdmd.data.listing import names
+from flashdmd.data.prompts import sound
 from flashdmd.drawing import Arm
 from flashdmd.emoji.world import SIZE
 from flashdmd.errors import UserError
@@ -26,7 +27,11 @@ LATENTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # o
 
 
 def prompts_of(recipe: Recipe) -> tuple[str, ...]:
-    """Those of data.prompts; none: the captions."""
+    """Those of data.prompts; none: the captions. Raises UserError for those that are none, also
+    among validation.prompts.
+    """
+    for i, prompt in enumerate(recipe.validation.prompts):
+        sound(prompt, f"validation.prompts[{i}]")
     return tuple(read_prompts(Path(recipe.data.prompts))) if recipe.data.prompts else ()
 
 

@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from flashdmd.data.listing import BLIND, BROKEN, COPY, MUTE, REFUSED, Listing
+from flashdmd.data.listing import BLIND, BROKEN, COPY, MUTE, NO_FILE, REFUSED, Listing, opened
 from flashdmd.data.pictures import PICTURES, UNREAD
-from flashdmd.data.prompts import CAPTION_KEYS, at, one_line, read_text, record, said
+from flashdmd.data.prompts import CAPTION_KEYS, at, one_line, read_text, record, said, sound
 from flashdmd.errors import UserError
+from flashdmd.plain import LARGEST, regular
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -21,7 +22,7 @@ def list_folder(folder: Path, captions: bool) -> Listing:
     A picture whose name differs from another's in the ending alone shares its caption, and is left
     out when it is the same file byte for byte. Raises UserError for metadata that is no table.
     """
-    listing = Listing(str(folder), lambda name: (folder / name).open("rb"), root=folder)
+    listing = Listing(str(folder), lambda name: opened(folder / name), root=folder)
     files = walk(folder)
     tables = [name for name in files if PurePosixPath(name).name in METADATA]
     pictures = [name for name in files if suffix(name) in PICTURES]
@@ -57,6 +58,8 @@ def add_all(listing: Listing, folder: Path, pictures: list[str], captions: bool)
     for name in pictures:
         same = first.setdefault(name.removesuffix(PurePosixPath(name).suffix), [])
         listing.duplicates += bool(same)
+        if not there(listing, folder, name):
+            continue
         if any(filecmp.cmp(folder / name, folder / other, shallow=False) for other in same):
             listing.leave_out(COPY, name, f"the same file as {same[0]}")
             continue
@@ -77,15 +80,23 @@ def beside(picture: Path) -> str:
     path = picture.with_suffix(".txt")
     if not path.exists():
         return ""
-    return one_line(read_text(path, "the caption", "make it readable"))
+    text = read_text(path, "the caption", "make it readable", LARGEST)
+    return sound(one_line(text), f"the caption {path}")
+
+
+def there(listing: Listing, folder: Path, name: str) -> bool:
+    """Whether a file is one that may be opened; leaves it out if not."""
+    try:
+        if regular(folder / name):
+            return True
+        listing.leave_out(REFUSED, name, NO_FILE)
+    except OSError as e:
+        listing.leave_out(BROKEN, name, e.strerror or str(e))
+    return False
 
 
 def add(listing: Listing, folder: Path, name: str, caption: str) -> None:
-    try:
-        facts = (folder / name).stat()
-    except OSError as e:
-        listing.leave_out(BROKEN, name, e.strerror or str(e))
-        return
+    facts = (folder / name).stat()
     listing.add(name, caption, name, f"{facts.st_size}-{facts.st_mtime_ns}")
 
 
@@ -112,7 +123,8 @@ def add_listed(listing: Listing, folder: Path, table: str, captions: bool) -> It
             listing.leave_out(COPY, name, f"{at(path, line)}: with the same caption")
             continue
         before.add(caption)
-        add(listing, folder, name, caption)
+        if there(listing, folder, name):
+            add(listing, folder, name, caption)
 
 
 def rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:

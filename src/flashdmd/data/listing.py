@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from flashdmd.data.pictures import Stream
 from flashdmd.errors import UserError
+from flashdmd.plain import regular
 
 MOST_LEFT_OUT = 0.01  # share of what was found that may be left out
+NO_FILE = "no regular file"  # a pipe, a device, a folder
 TELL_AFTER = 3  # names of each kind of what was left out, in a message
 
 BROKEN, MUTE, BLIND, REFUSED, COPY = (
@@ -38,7 +40,14 @@ class Entry(NamedTuple):
 
 
 class Refused(ValueError):  # noqa: N818 - a kind, as broken is
-    """What names a file outside its data set."""
+    """What names a file outside its data set, or what is no file."""
+
+
+def opened(path: Path) -> Stream:
+    """Raises Refused for a pipe or a device, which may never end, and OSError as open does."""
+    if not regular(path):
+        raise Refused(NO_FILE)
+    return path.open("rb")
 
 
 class LeftOut(NamedTuple):

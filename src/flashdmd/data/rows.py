@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flashdmd.data.listing import MUTE, Listing, Refused
+from flashdmd.data.listing import opened as opened_file
 from flashdmd.data.pictures import Stream
-from flashdmd.data.prompts import CAPTION_KEYS, one_line
+from flashdmd.data.prompts import CAPTION_KEYS, one_line, sound
 from flashdmd.errors import UserError
 from flashdmd.files import digest
 
@@ -42,7 +43,11 @@ def list_rows(
     stamp = fingerprint(folder)
     for row, told in enumerate(table[wanted[0]] if wanted else [""] * len(table)):
         first = told if isinstance(told, str) else next(iter(told or ()), None)
-        caption = one_line(first or "")
+        try:
+            caption = sound(one_line(first or ""), f"its {(wanted or [''])[0]}")
+        except UserError as e:
+            listing.leave_out(MUTE, f"row {row}", str(e))
+            continue
         if captions and not caption:
             listing.leave_out(MUTE, f"row {row}", f"its {wanted[0]} is empty")
         else:
@@ -88,7 +93,7 @@ def train(folder: Path, splits: list[str]) -> str:
 def of_train(folder: Path) -> list[str]:
     """The table files of the split to train on: {split}-00000-of-00012.parquet."""
     splits: dict[str, list[str]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in TABLES):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in TABLES and p.is_file()):
         shard = SHARD.fullmatch(path.stem)
         splits.setdefault(shard[1] if shard else path.stem, []).append(str(path))
     if not any(SHARD.fullmatch(Path(files[0]).stem) for files in splits.values()):
@@ -138,7 +143,7 @@ def contents(folder: Path, value: Any) -> Stream:
         raise Refused(f"{path} is outside the data set's folder")
     if not path.parts:
         raise ValueError("the row holds no picture")
-    return (folder / path).open("rb")
+    return opened_file(folder / path)
 
 
 def fingerprint(folder: Path) -> str:

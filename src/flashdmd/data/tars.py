@@ -16,8 +16,9 @@ from tqdm import tqdm
 from flashdmd.data.folder import suffix, walk
 from flashdmd.data.listing import BLIND, COPY, MUTE, REFUSED, Listing
 from flashdmd.data.pictures import PICTURES, Stream
-from flashdmd.data.prompts import CAPTION_KEYS, one_line, record, said
+from flashdmd.data.prompts import CAPTION_KEYS, one_line, record, said, sound
 from flashdmd.errors import GOES_ON, UserError
+from flashdmd.plain import LARGEST
 
 TEXTS = ("txt", "text", "caption")  # endings; then json
 BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
@@ -41,7 +42,10 @@ def shards(pattern: str) -> list[Path]:
     Raises UserError for those that are not there.
     """
     if Path(pattern).is_dir():
-        return [Path(pattern) / name for name in walk(Path(pattern)) if suffix(name) == ".tar"]
+        tars = [Path(pattern) / name for name in walk(Path(pattern)) if suffix(name) == ".tar"]
+        if odd := [str(p) for p in tars if not p.is_file()]:
+            raise UserError(f"{odd[0]} is no regular file; give tars")
+        return tars
     named = [] if "\0" in pattern else list(islice(expanded(pattern), MOST + 1))
     if not 0 < len(named) <= MOST:
         raise UserError(f"data.train_data_dir={pattern!r} names no tar, or more than {MOST}")
@@ -179,11 +183,11 @@ def add(
 
 
 def caption_of(group: dict[str, Span], tar: Stream, name: str) -> str:
+    if any(group[ending].size > LARGEST for ending in (*TEXTS, "json") if ending in group):
+        raise UserError(f"its caption is larger than {LARGEST} bytes")
     for ending in TEXTS:
         if ending in group and (text := one_line(cut(tar, group[ending]).decode("utf-8-sig"))):
-            if "\0" in text:
-                raise UserError(f"its {ending} holds a NUL")
-            return text
+            return sound(text, f"its {ending}")
     if "json" in group:
         return one_line(said(record(cut(tar, group["json"]), name), CAPTION_KEYS, name))
     raise UserError(f"no {', '.join(TEXTS)} or json with words")

@@ -28,7 +28,7 @@ from flashdmd.errors import UserError
 from flashdmd.files import forget_origins, replace_folder
 from flashdmd.models.reward_mmdit import EarlyBlocks
 from flashdmd.models.reward_unet import EncoderHalf
-from flashdmd.models.trust import refuse_config, refuse_unsafe, trusted
+from flashdmd.models.trust import check_length, refuse_config, refuse_unsafe, trusted
 from flashdmd.plain import json_object
 from flashdmd.reward import LatentReward, as_trained
 from flashdmd.sampler import Cond
@@ -257,7 +257,10 @@ def words_of(pipeline: Any, facts: Facts) -> Words:
     """A pipeline's own tokenizers and encoders."""
     names = [n for n in ENCODERS[: KINDS[facts.kind].encoders] if getattr(pipeline, n) is not None]
     tokenizers = [getattr(pipeline, tokenizer_of(n)) for n in names]
-    return Words(tokenizers, [getattr(pipeline, n) for n in names], facts.token_width)
+    encoders = [getattr(pipeline, n) for n in names]
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        check_length(f"a tokenizer of {facts.base}", tokenizer, encoder)
+    return Words(tokenizers, encoders, facts.token_width)
 
 
 def tokenizer_of(encoder: str) -> str:
@@ -395,6 +398,7 @@ def read_words(folder: Path, facts: Facts, encoders_of: Any) -> Words:
                     beside, local_files_only=True, trust_remote_code=False
                 )
             )
+            check_length(f"the tokenizer in {beside}", tokenizers[-1], encoders[-1])
     return Words(tokenizers, encoders, facts.token_width)
 
 

@@ -24,9 +24,11 @@ from flashdmd.errors import UserError
 from flashdmd.models.denoiser import NetworkDenoiser
 from flashdmd.models.families import FAMILIES, Family
 from flashdmd.models.trust import (
+    check_length,
     offline,
     refuse_pickled_file,
     refuse_unsafe,
+    refuse_whole_numbers,
     trusted,
 )
 from flashdmd.plain import json_object
@@ -176,14 +178,21 @@ class Teacher:
         noise, half = noise.to(self.device), self.denoiser.dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):  # latents are float32
             images = self.family.sample(self.pipeline, prompts, noise, steps, guidance)
+        if not np.isfinite(images).all():
+            raise UserError(
+                f"what {self.folder} draws holds numbers that are none; its weights or its "
+                "configurations are damaged, or it was trained until it broke"
+            )
         pictures: np.ndarray = (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
         return pictures
 
 
 def to_uint8(images: Float[Tensor, "B 3 H W"]) -> np.ndarray:
     """[-1, 1] -> uint8, rounded as diffusers' image processor does."""
-    unit = (images / 2 + 0.5).clamp(0, 1)
-    pictures: np.ndarray = (unit.cpu().numpy() * 255).round().astype(np.uint8)
+    unit = (images / 2 + 0.5).clamp(0, 1).cpu()
+    if not unit.isfinite().all():
+        raise FloatingPointError("what the autoencoder decodes holds numbers that are none")
+    pictures: np.ndarray = (unit.numpy() * 255).round().astype(np.uint8)
     return pictures
 
 
@@ -211,7 +220,7 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     folder = Path(source.name)
     entries = index_of(source.name, source.revision)
     family = family_of(source.name, entries)
-    refuse(source.name, family, entries, source.revision)
+    refuse(source, family, entries)
     # a black picture in a censored one's place would be learned like any other
     absent: dict[str, Any] = {
         k: None for k, v in entries.items() if v == [None, None] or k == "safety_checker"
@@ -251,10 +260,10 @@ def load_pipeline(source: Pipeline | Path, device: torch.device | str = "cpu") -
     return Teacher(folder, family, pipeline, process, denoiser, source)
 
 
-def refuse(name: str, family: Family, entries: dict[str, Any], revision: str | None) -> None:
+def refuse(source: Pipeline, family: Family, entries: dict[str, Any]) -> None:
     """Raises UserError for what configurations alone tell to be no teacher, before it is loaded."""
-    with understood(name):
-        pipeline = sketch(name, family, entries, revision=revision)
+    with understood(source.name):
+        pipeline = sketch(source.name, family, entries, source.vae, source.revision)
         family.check(pipeline)
         if pipeline.scheduler.config:
             family.process(pipeline)  # else loading says what is wrong with it
@@ -267,7 +276,7 @@ def understood(name: str) -> Iterator[None]:
         yield
     except UserError as e:
         raise UserError(f"{name}: {e}") from e
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as e:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
         raise UserError(f"the configurations in {name} cannot be understood: {e!r}") from e
 
 
@@ -367,6 +376,7 @@ def load_vae(name: str) -> Any:
         here = Path(name).is_dir() or offline()
         if Path(name).is_dir():
             refuse_unsafe(Path(name))
+            refuse_whole_numbers(Path(name))
         return AutoencoderKL.from_pretrained(
             name, dtype=torch.float32, local_files_only=here, use_safetensors=True
         )
@@ -415,7 +425,7 @@ def check_finite(name: str, pipeline: Any) -> None:
 def check_whole(name: str, pipeline: Any, family: Family) -> None:
     """Raises UserError for what loads without complaint and is no teacher.
 
-    A part or a weight that is not there, or a CLIP tokenizer without its words.
+    A part or a weight that is not there, or a CLIP tokenizer without its words or its length.
     """
     try:
         family.check(pipeline)
@@ -431,6 +441,7 @@ def check_whole(name: str, pipeline: Any, family: Family) -> None:
         encoder = getattr(pipeline, f"text_encoder{number}", None)
         if not isinstance(tokenizer, CLIPTokenizer) or encoder is None:
             continue
+        check_length(f"the tokenizer{number} in {name}", tokenizer, encoder)
         words, known = len(tokenizer), int(encoder.config.vocab_size)
         if words < known:
             raise UserError(
@@ -438,9 +449,3 @@ def check_whole(name: str, pipeline: Any, family: Family) -> None:
                 f"{known}: its files (tokenizer.json, or vocab.json and merges.txt) are missing or "
                 "of another"
             )
-    size = getattr(pipeline, family.network).config.get("sample_size", 1)
-    if not isinstance(size, int):
-        raise UserError(
-            f"the {family.network} in {name} has sample_size={size!r}; a number is needed, the "
-            "latent places across a square picture"
-        )

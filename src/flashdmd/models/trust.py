@@ -1,6 +1,5 @@
 """What a model's files must not do: be pickles, bring code, name libraries, fill the memory."""
 
-import json
 import math
 import os
 import re
@@ -8,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
 
 from flashdmd.errors import UserError
+from flashdmd.plain import json_object, limited, regular
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".msgpack", ".h5")
 LIBRARIES = ("diffusers", "transformers")  # the only ones whose classes a pipeline is made of
+DEPTHS = "layers|depth|heads|num_.*blocks"
 MOST: dict[str, float] = {  # by the first pattern in its name, what a config may ask for
-    "layers|depth|heads|num_.*blocks": 1000,  # published ones: up to 128
+    DEPTHS: 1000,  # published ones: up to 128
     "pos_embed": 10_000,  # of a grid's side; SD3.5: 384
     "theta": math.inf,  # of rotary embeddings, a base and no size
     "": 2**21,  # the largest published are vocabularies and positions, about a million
 }
+LARGEST_JSON = 2**26  # bytes; the index of a thousand shards has a few million
+LEAST_TOKENS = 3  # of a prompt: its start, a word, its end
 CODE = "flashdmd has no option that runs code from a model's files"
 ANEW = (
     "safetensors are accepted: if you trust it, load it elsewhere and write it anew with "
@@ -47,6 +52,7 @@ def trusted(name: str, index: dict[str, Any], given: dict[str, Any], **which: An
     for part, entry in sorted(index.items()):
         if isinstance(entry, list | tuple) and part not in given:
             refuse_unsafe(folder / part)
+            refuse_whole_numbers(folder / part)
     return folder
 
 
@@ -72,33 +78,81 @@ def refuse_unsafe(folder: Path) -> None:
             "pickle; merge it into the weights, or give it as model.teacher_lora"
         )
     for index in folder.glob("*.safetensors.index*.json"):
-        for shard in dict(read(index).get("weight_map") or {}).values():
+        shards = read(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index} has no weight_map of names of weights to files beside it")
+        for shard in shards.values():
             if Path(str(shard)).name != shard or not shard.endswith(".safetensors"):
                 raise UserError(f"{index} names {shard!r}, which is no .safetensors file beside it")
     refuse_config(f"{folder}/config.json", read(folder / "config.json"))
 
 
+def refuse_whole_numbers(folder: Path) -> None:
+    """Raises UserError for weights that are no floats, which would be loaded as if they were.
+
+    What a header says of anything else, or that it cannot be read, is left to who loads it.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                kinds = {name: str(file.get_slice(name).get_dtype()) for name in names}
+        except (SafetensorError, OSError):
+            continue
+        for name, kind in kinds.items():
+            if name.endswith((".weight", ".bias")) and kind[0] in "IUB" and kind != "BF16":
+                raise UserError(f"{path} has {name} in {kind}; accepted are floats; {ANEW}")
+
+
 def read(path: Path) -> dict[str, Any]:
-    """The object in a file; {} for what is none, which is told where it is loaded."""
+    """The object in a file; {} if there is no file. Raises UserError for anything else, as others
+    may read something there.
+    """
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+        if not regular(path):
+            raise ValueError("it is no regular file")
+        return json_object(limited(path, "the configuration", LARGEST_JSON))
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be loaded: {e}") from e
 
 
 def refuse_config(where: str, config: dict[str, Any]) -> None:
     """Raises UserError for a config, at any depth, that names kernels of the hub, which are
-    compiled code, or whose sizes would fill the memory while the network is built.
+    compiled code, or whose sizes would fill the memory while the network is built, or are less
+    than none, or whose weights are quantised.
     """
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where} has a quantization_config; accepted are weights that are not quantised: a "
+            "run quantises them itself where model.quantize_base says so"
+        )
     for key, value in config.items():
         if key.endswith("_implementation") and "/" in str(value):
             raise UserError(f"{where} names {key}={value!r}, code of the hub; {CODE}")
         if isinstance(value, dict):
             refuse_config(where, value)
-        most = next(limit for pattern, limit in MOST.items() if re.search(pattern, key))
+        pattern, most = next(row for row in MOST.items() if re.search(row[0], key))
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int) and number > most:
                 raise UserError(f"{where} has {key}={value!r}; no network has more than {most}")
+            if isinstance(number, int) and number < 0 and pattern == DEPTHS:
+                raise UserError(f"{where} has {key}={value!r}; no network has less than none")
+
+
+def check_length(what: str, tokenizer: Any, encoder: Any) -> None:
+    """Raises UserError for a CLIP's tokenizer that fills prompts up to what its encoder cannot
+    read. Others are told a length by their pipelines, and their own may be anything.
+    """
+    if not isinstance(tokenizer, CLIPTokenizer):
+        return
+    length, most = tokenizer.model_max_length, int(encoder.config.max_position_embeddings)
+    if type(length) is not int or not LEAST_TOKENS <= length <= most:
+        raise UserError(
+            f"{what} has model_max_length={length!r}; accepted are {LEAST_TOKENS} to {most}, the "
+            "places of its text encoder; is its tokenizer_config.json missing, or of another?"
+        )
 
 
 def refuse_foreign(name: str, entries: dict[str, Any]) -> None:

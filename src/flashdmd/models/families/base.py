@@ -1,5 +1,6 @@
 """What differs between kinds of teacher, one subclass each. docs/families.md: how to add one."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
@@ -182,3 +183,21 @@ class Family:
         for name in (self.network, *self.needs):
             if getattr(pipeline, name, None) is None:
                 raise UserError(f"the pipeline has no {name}")
+        config = pipeline.vae.config
+        size = getattr(pipeline, self.network).config.get("sample_size", 1)
+        scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
+        if not (number(scale) and scale > 0 and number(shift)):
+            raise UserError(
+                f"the vae has scaling_factor={scale!r} and shift_factor={shift!r}; accepted are a "
+                "finite number above 0, and one or none"
+            )
+        if type(size) is not int or size < 1:
+            raise UserError(
+                f"the {self.network} has sample_size={size!r}; a whole number above 0 is needed, "
+                "the latent places across a square picture"
+            )
+
+
+def number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)

@@ -8,7 +8,7 @@ from diffusers import LCMScheduler
 from torch import Tensor, nn
 
 from flashdmd.errors import UserError
-from flashdmd.models.families.base import ATTENTION, Family
+from flashdmd.models.families.base import ATTENTION, Family, number
 from flashdmd.sampler import Cond
 from flashdmd.schedule import STEPS, Kind, Process, VariancePreserving
 
@@ -47,6 +47,17 @@ class StableDiffusion(Family):
             raise UserError(
                 f"the teacher's scheduler has prediction_type={config.prediction_type!r}; "
                 f"supported are {', '.join(KINDS)}"
+            )
+        ends, spacing = (config.beta_start, config.beta_end), config.get("timestep_spacing")
+        if not all(number(beta) and 0 < beta < 1 for beta in ends):
+            raise UserError(
+                f"the teacher's scheduler has beta_start={ends[0]!r} and beta_end={ends[1]!r}; "
+                "accepted are numbers between 0 and 1"
+            )
+        if spacing not in (None, "leading", "trailing", "linspace"):
+            raise UserError(
+                f"the teacher's scheduler has timestep_spacing={spacing!r}; supported are leading, "
+                "trailing and linspace"
             )
         schedule = VariancePreserving(config.beta_start, config.beta_end, POWERS[betas])
         return Process(schedule, KINDS[config.prediction_type])
