@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import tiny
+import tiny_data
 import torch
 from torch import nn
 
@@ -78,6 +80,11 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
             ["model.student_model_name_or_path=out/student", "output_dir=out"],
             "inside output_dir",
         ),
+        (["data.train_data_dir=pictures", "output_dir=pictures"], "is inside data.train_data_dir"),
+        (["data.train_data_dir=.", "output_dir=a/../out"], "is inside data.train_data_dir"),
+        (["data.train_data_dir=out/samples", "output_dir=out"], "would be written over"),
+        (["model.reward_model_name_or_path=r", "output_dir=r/out"], "inside model.reward_model"),
+        (["output_dir=nowhere/at-all"], "is inside model.pretrained_model_name_or_path"),
         ([*DMD2, "discriminator.augment=[cutout]"], "looks at latents"),
         ([*DMD2, "method.real_images=raw"], "looks at latents"),
         ([*DMD2, "method.score_coupling=0.9"], "never sees the student's weights"),
@@ -118,7 +125,9 @@ def test_another_arm_leaves_the_discriminator_of_pictures_behind() -> None:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another autoencoder than the embedded one: 4 channels and a scale of 0.7, of 8."""
-    return tiny.score_folder(tmp_path_factory.mktemp("teacher") / "pipeline")
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_data.sam(folder / "sam")
+    return tiny.score_folder(folder / "pipeline")
 
 
 @pytest.mark.parametrize(
@@ -132,10 +141,25 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "is a score teacher",
         ),
         (["method.student_timesteps=[999, 900, 700, 1]"], "cannot be written as a stock scheduler"),
-        (["data.resolution=12", "data.train_data_dir=."], "must be a multiple of 16"),
+        (["data.resolution=12", "data.train_data_dir=.", "output_dir=../x"], "a multiple of 16"),
         (["data.resolution=128"], "emoji has pictures of 64 pixels"),
         ([], "scores latents of 8 channels and this teacher's have 4"),
         (["model.reward_model_name_or_path=nowhere"], "reward model in nowhere cannot be read"),
+        (["discriminator.backbone=timm:resnet18"], "needs the package timm"),
+        (["discriminator.backbone=nowhere"], "'nowhere' is no folder"),
+        (
+            ["discriminator.backbone=SAM", "discriminator.blocks=[5]"],
+            "must be one or more of 0..1",
+        ),
+        (
+            [
+                "lora.rank=4",
+                "lora.lora_layers=[to_x]",
+                "train.joint_train_steps=0",
+                "model.reward_model_name_or_path=null",
+            ],
+            "lora_layers=['to_x']: the network has no such layers",
+        ),
         (
             ["model.student_model_name_or_path=nowhere", *ONLY],
             "has no unet/diffusion_pytorch",
@@ -151,7 +175,10 @@ def test_what_small_files_tell(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "timm", None)  # it is not installed
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     named = f"model.pretrained_model_name_or_path={teacher}"
+    changes = [change.replace("SAM", str(teacher.with_name("sam"))) for change in changes]
     assert message in said(monkeypatch, capsys, "emoji-score", named, *changes)
     assert not list(tmp_path.iterdir())
 
@@ -210,6 +237,56 @@ def test_a_student_of_other_steps_or_another_rank(
     beforehand.check(config.read("emoji-score", [two]))  # stage 1 teaches it others
     four = f"model.student_model_name_or_path={student(tmp_path / 'four', (999,), 4)}"
     assert "LoRA of rank 4" in said(monkeypatch, capsys, "emoji-score", four, "lora.rank=8")
+
+
+MINE = "output_dir: .  # here\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "words", "message"),
+    [
+        ({"recipe.yaml": MINE}, ["recipe.yaml"], "holds a recipe.yaml of your own"),
+        ({"recipe.yaml": "train: {seed: 1}"}, ["emoji-score"], "holds a recipe.yaml of your own"),
+        ({"recipe.yaml": "output_dir: .\n"}, ["recipe.yaml"], "holds a recipe.yaml of your own"),
+        ({"my.yaml": MINE, "student/config.json": "{}"}, ["my.yaml"], "holds student, which a run"),
+        ({"metrics.json": "{}"}, ["emoji-score", "--no-resume"], "holds metrics.json, which a run"),
+    ],
+)
+def test_what_no_run_has_made_is_not_written_over(
+    there: dict[str, str],
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in there.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    assert message in said(monkeypatch, capsys, *words, "output_dir=.")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all((tmp_path / name).read_text() == text for name, text in there.items())
+
+
+def test_a_run_goes_on_from_the_recipe_that_it_wrote(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """To where models would be loaded; also by its own recipe.yaml."""
+    output = tmp_path / "out"
+    recipe = config.read("emoji-score", [], output)
+    run.prepare(recipe, True)
+    (output / "student").mkdir()
+
+    def load(*_: Any) -> None:
+        raise UserError("it is loaded")
+
+    for words in (["emoji-score", f"output_dir={output}"], [str(output / "recipe.yaml")]):
+        for more in ([], ["--no-resume"]):
+            with monkeypatch.context() as patch:
+                patch.setattr(run, "open_session", load)
+                assert "it is loaded" in said(patch, capsys, *words, *more)
 
 
 def test_packages_that_are_not_there(

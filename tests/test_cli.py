@@ -41,6 +41,12 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (["emoji", "teacher", "--start", "nowhere"], "give a folder with model_index.json"),
         (["emoji", "reward", "--start", "nowhere"], "give a folder with model_index.json"),
         (["sample", "emoji-score", "a cat", "--output", "cat"], "ends in .png"),
+        (["sample", "emoji-score", "a cat", "--guidance", "1e300"], "less than or equal to 1000"),
+        (["evaluate", "emoji-score", "--guidance", "inf"], "less than or equal to 1000"),
+        (["evaluate", "emoji-score", "--reward", ""], "an argument is empty"),
+        (["train", "emoji-score", "--output-dir="], "an argument is empty"),
+        (["export", "", "--output", "x"], "an argument is empty"),
+        (["nonsense"], "No such command 'nonsense'. See --help"),
         (["sample", "emoji-score", "a cat", "--output", "."], "ends in .png"),
         (["evaluate", "emoji-score", "--output", "."], "is a folder; name a file"),
         (

@@ -101,6 +101,37 @@ def test_numbers_are_numbers_however_they_are_written(text: str, tmp_path: Path)
         ("train.seed", "write section.key=value"),
         ("train.seed=[", "is not YAML"),
         ("model.reward_model_name_or_path=null", "needs a latent reward model"),
+        ("model.reward_model_name_or_path=''", "reward_model_name_or_path='' is empty"),
+        ("data.prompts=''", "data.prompts='' is empty"),
+        ("data.train_data_dir=''", "data.train_data_dir='' is empty"),
+        ("data.cache_dir=''", "data.cache_dir='' is empty"),
+        ("discriminator.backbone=''", "discriminator.backbone='' is empty"),
+        ("validation.prompts=[a, '']", "validation.prompts.1='' is empty"),
+        ("output_dir=''", "output_dir='' is empty"),
+        ("output_dir.x=1", "unknown key 'output_dir.x'"),
+        ("output_dir.=1", "unknown key 'output_dir.'"),
+        ("train.=1", "unknown key 'train.'"),
+        ("train.learning_rate=1e39", "less than or equal to 1e+30"),
+        ("train.adam_weight_decay=1e300", "less than or equal to 1000"),
+        ("train.adam_epsilon=1e-300", "greater than or equal to 1e-30"),
+        ("model.teacher_lora_scale=-1e39", "greater than or equal to -1e+30"),
+        ("method.teacher_guidance_scale=1e300", "must be finite, 1e+30 at most"),
+        ("method.gan_loss_weight=1e300", "must be finite, 1e+30 at most"),
+        ("method.ttur=2147483647", "must be 10000 or less"),
+        ("method.preferences_per_distillation=10001", "must be 10000 or less"),
+        *(
+            (f"{key}=1{'0' * 40}", "less than 2147483648")
+            for key in (
+                "lora.rank",
+                "discriminator.width",
+                "data.resolution",
+                "method.candidates",
+                "train.train_batch_size",
+                "method.ttur",
+            )
+        ),
+        ("discriminator.blocks=[]", "at least 1 item"),
+        ("discriminator.blocks=[-1]", "greater than or equal to 0"),
     ],
 )
 def test_what_is_wrong_is_named(override: str, said: str, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import json_schema
 import pytest
+import tiny_data
 import yaml
 from fuzzing import (
     NUMBERS,
@@ -22,8 +24,9 @@ from fuzzing import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashdmd import cli, config, reference, reward_fit
+from flashdmd import cli, config, reference, reward_fit, run
 from flashdmd.config import Recipe
+from flashdmd.emoji.world import ASSETS
 from flashdmd.errors import UserError
 
 AREA = "recipes"
@@ -32,6 +35,12 @@ SHIPPED = [p for p in sorted(RECIPES.glob("*.yaml")) if not p.stem.startswith("r
 GOOD = [json.loads(config.read(p.stem, []).model_dump_json()) for p in SHIPPED]
 SCHEMA = reference.schema()
 NAMES = [f"{s}.{k}".removesuffix(".") for s, ks in config.keys().items() for k in ks or [""]]
+KEYS = [
+    *NAMES,
+    *(f"{name}.x" for name in [*config.SECTIONS, "output_dir"]),
+    "output_dir.",
+    "train.",
+]
 WORDS = st.sampled_from(["emoji", "teacher", "dmd2", "joint", "rl", "bf16", "fp16", "raw", "none"])
 ANY = VALUES | WORDS | st.lists(NUMBERS, max_size=5)
 
@@ -70,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(content: bytes, folder: Path, *overrides: str) -> Recipe | None:
-    """The recipe, which is finite, round, and valid by the schema; None where it is refused."""
+    """The recipe, which is sound, round, and valid by the schema; None where it is refused."""
     path = folder / "recipe.yaml"
     path.write_bytes(content)
     before = files_in(folder)
@@ -78,11 +87,23 @@ def loaded(content: bytes, folder: Path, *overrides: str) -> Recipe | None:
     assert files_in(folder) == before
     if recipe is not None:
         plain = json.loads(recipe.model_dump_json())
+        assert sound(plain)
         assert not list(json_schema.errors(SCHEMA, plain))
         assert config.build(plain, "it") == recipe
         path.write_text(config.dump(recipe), "utf-8")
         assert config.load(path, []) == recipe
     return recipe
+
+
+def sound(value: Any, key: str = "") -> bool:
+    """No text is empty, and every number is held by what it is counted or trained in."""
+    if isinstance(value, dict):
+        return all(sound(inner, name) for name, inner in value.items())
+    if isinstance(value, list):
+        return all(sound(inner) for inner in value)
+    if isinstance(value, int):
+        return abs(value) < (2**63 if key == "seed" else 2**31)
+    return value != "" and (not isinstance(value, float) or abs(value) <= 1e30)
 
 
 @fuzz(150)
@@ -122,7 +143,7 @@ def same(kept: Any, given: Any) -> bool:
 
 
 @fuzz(120)
-@given(st.lists(st.tuples(st.sampled_from(NAMES) | TEXTS, SCALARS | ANY.map(str)), max_size=4))
+@given(st.lists(st.tuples(st.sampled_from(KEYS) | TEXTS, SCALARS | ANY.map(str)), max_size=4))
 def test_any_overrides(folder: Path, changes: list[tuple[str, str]]) -> None:
     overrides = [f"{name}={value}" for name, value in changes]
     loaded(SHIPPED[1].read_bytes(), folder, *overrides)
@@ -140,7 +161,8 @@ def test_any_overrides(folder: Path, changes: list[tuple[str, str]]) -> None:
 def test_a_rewards_recipe(folder: Path, content: bytes, names: list[str], value: str) -> None:
     path = folder / "reward.yaml"
     path.write_bytes(content)
-    answered(lambda: reward_fit.read(path, [f"{name}={value}" for name in names]), AREA)
+    recipe = answered(lambda: reward_fit.read(path, [f"{name}={value}" for name in names]), AREA)
+    assert recipe is None or sound(recipe.model_dump())
 
 
 @fuzz(40)
@@ -156,6 +178,63 @@ def test_the_command_ends_with_0_or_2(
     code = answered(lambda: command("config", "show", str(path), *overrides), AREA)
     assert code in (0, 2)
     assert files_in(folder) == before
+
+
+REAL = {  # a small run of a real pipeline
+    "model": {"pretrained_model_name_or_path": "teacher", "reward_model_name_or_path": None},
+    "data": {"train_data_dir": "pictures", "prompts": "prompts.txt", "resolution": 64},
+    "discriminator": {"backbone": "sam", "blocks": [1], "width": 8, "crop": 4},
+    "lora": {"rank": 4, "lora_alpha": 4.0, "lora_layers": ["to_q", "to_k"]},
+    "train": {"joint_train_steps": 0, "max_train_steps": 1, "gan_calibration_steps": [0, 1]},
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What REAL names, with no weights of the teacher: they are never come to."""
+    folder = tmp_path_factory.mktemp("here")
+    without = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(ASSETS / "score", folder / "teacher", ignore=without)
+    tiny_data.pictures(folder / "pictures", (64, 64))
+    tiny_data.sam(folder / "sam")
+    (folder / "prompts.txt").write_text("a cat")
+    assert trained(folder, yaml.safe_dump(REAL).encode(), []) == (2, True)
+    return folder
+
+
+def trained(here: Path, content: bytes, overrides: list[str]) -> tuple[int | None, bool]:
+    """With what `flashdmd train` ends, and whether it came to the loading of models."""
+    (here / "recipe.yaml").write_bytes(content)
+    opened = []
+
+    def load(*_: Any) -> None:
+        opened.append(1)
+        raise UserError("all that can be found before is found")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(run, "open_session", load)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        words = ("train", "recipe.yaml", *overrides, "output_dir=out")
+        return answered(lambda: command(*words), AREA), bool(opened)
+
+
+@fuzz(60)
+@given(
+    spoilt_value(REAL, ANY).map(lambda v: yaml.safe_dump(v).encode("utf-8", "surrogatepass"))
+    | yaml_text(),
+    st.lists(st.tuples(st.sampled_from(KEYS), SCALARS | ANY.map(str)), max_size=2),
+)
+def test_training_ends_with_2_where_models_are_not_loaded(
+    here: Path, content: bytes, changes: list[tuple[str, str]]
+) -> None:
+    """No traceback, nothing written."""
+    (here / "recipe.yaml").write_bytes(content)
+    before = files_in(here)
+    overrides = [f"{name}={value}".replace("\0", "") for name, value in changes]
+    code, _ = trained(here, content, overrides)
+    assert code == 2
+    assert files_in(here) == before
 
 
 def command(*words: str) -> int:

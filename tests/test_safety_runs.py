@@ -52,7 +52,21 @@ MISSING = {
     "lora beside": (*LORA, "model.teacher_lora=acme/half", "output_dir=x"),
     "half a pipeline": ("sample", "acme/half", "a cat"),
 }
+SHAPES = {  # of URLs; the last is none
+    "at": f"https://somebody:x@{PASSWORD}@models.example/x",
+    "slash": f"https://somebody:x/{PASSWORD}@models.example/x",
+    "alone": f"somebody:{PASSWORD}@models.example",
+    "query": f"https://models.example/x?token={PASSWORD}",
+    "token": "hf_canaryPassword",
+}
 TELLING = {
+    **{f"shape {name}": ("sample", url, "a cat") for name, url in SHAPES.items()},
+    "file in the way": ("config", "init", "acme/tiny", "--output", f"recipe.yaml/{URL}"),
+    "output in the way": (*LORA, f"output_dir=recipe.yaml/{URL}"),
+    "sheet in the way": ("sample", "acme/tiny", "a cat", "--output", f"recipe.yaml/{URL}/x.png"),
+    "command": (URL,),
+    "option": ("sample", f"--{URL}"),
+    "choice": ("evaluate", "acme/tiny", "--split", URL),
     "model": (*LORA, f"model.pretrained_model_name_or_path={URL}", "output_dir=x"),
     "vae": (*LORA, f"model.pretrained_vae_model_name_or_path={URL}", "output_dir=x"),
     "lora": (*LORA, f"model.teacher_lora={URL}", "output_dir=x"),
@@ -149,6 +163,8 @@ def test_a_password_in_a_url_is_not_repeated(watched: Watched, name: str) -> Non
     done = commands[f"telling {name}"]
     assert done["code"] == 2, done
     assert PASSWORD not in done["out"] + done["err"]
+    assert "canaryPassword" not in done["out"] + done["err"]
+    assert "Traceback" not in done["err"]
     assert "somebody" not in done["out"] + done["err"]
     assert not any(PASSWORD.encode() in p.read_bytes() for p in here.glob("x/**/*") if p.is_file())
 

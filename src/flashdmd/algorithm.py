@@ -17,6 +17,9 @@ from flashdmd import draws, losses
 from flashdmd.sampler import Cond, Denoiser, Sampler, repeat, times
 from flashdmd.schedule import STEPS
 
+MANY = 2**31  # no count of a recipe reaches it
+LARGEST = 1e30  # of other numbers: float32 holds it and what is made of it
+LONGEST = 10_000  # iterations of one kind in a cycle
 Update = Literal["generator", "score", "discriminator", "preference"]
 Stage = Literal["distill", "joint", "rl"]
 Reward = Callable[[Tensor, Tensor, Cond], Tensor]  # (z_t, t, cond) -> (B,)
@@ -63,8 +66,10 @@ class Method:
             value, choices = getattr(self, field.name), get_args(field.type)
             if get_origin(field.type) is Literal and value not in choices:
                 raise ValueError(f"{field.name}={value!r} must be one of {choices}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} must be finite")
+            if isinstance(value, float) and not abs(value) <= LARGEST:
+                raise ValueError(f"{field.name}={value} must be finite, {LARGEST} at most")
+            if isinstance(value, int) and value >= MANY:
+                raise ValueError(f"{field.name}={value} must be less than {MANY}")
         steps = self.student_timesteps
         if not steps or list(steps) != sorted(set(steps), reverse=True):
             raise ValueError(f"student_timesteps={steps} must be strictly decreasing")
@@ -91,6 +96,11 @@ class Method:
                 f"ttur={self.ttur} must be 1 or more, preferences_per_distillation="
                 f"{self.preferences_per_distillation} 0 or more, candidates={self.candidates} "
                 "2 or more"
+            )
+        if max(self.ttur, self.preferences_per_distillation) > LONGEST:
+            raise ValueError(
+                f"ttur={self.ttur} and preferences_per_distillation="
+                f"{self.preferences_per_distillation} must be {LONGEST} or less"
             )
         if self.teacher_guidance_scale < 1:  # 0 would be the teacher that reads no prompt
             raise ValueError(

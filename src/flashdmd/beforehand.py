@@ -7,19 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flashdmd import checkpoint, export
+from flashdmd import checkpoint, export, plain
 from flashdmd.config import Recipe
 from flashdmd.data.opening import check_place
 from flashdmd.emoji import reward as emoji_reward
 from flashdmd.emoji.world import ASSETS, SIZE
 from flashdmd.errors import UserError
 from flashdmd.loading import check_teacher, device_of, patches, reward_folder
-from flashdmd.models import latent_reward
+from flashdmd.models import latent_reward, meta
+from flashdmd.models.denoiser import Adapter, add_adapter
 from flashdmd.models.families import Family
 from flashdmd.models.lora_keys import FILE_NAME as LORA
 from flashdmd.models.teacher import family_of, index_of, sketch, understood
 from flashdmd.models.trust import refuse_unsafe
-from flashdmd.rules import EMBEDDED
+from flashdmd.models.vision import check_backbone
+from flashdmd.rules import EMBEDDED, MADE
 from flashdmd.sampler import Sampler
 from flashdmd.schedule import Process
 from flashdmd.sources import EMOJI, OWN, prompts_of
@@ -31,6 +33,8 @@ def check(recipe: Recipe) -> None:
     """Raises UserError for a recipe that cannot be run as it stands."""
     device_of(recipe)
     check_packages(recipe)
+    if recipe.train.arm != "dmd2":
+        check_backbone(recipe.discriminator.backbone, recipe.discriminator.blocks)
     prompts_of(recipe)
     if recipe.data.train_data_dir not in (EMOJI, OWN):
         check_place(recipe.data.train_data_dir)
@@ -50,9 +54,37 @@ def check(recipe: Recipe) -> None:
         process = family.process(pipeline)
         check_steps(family, pipeline, process, recipe.method.student_timesteps, name)
         check_size(recipe, family, pipeline)
+    if layers := recipe.lora.lora_layers:
+        config = getattr(pipeline, family.network).config
+        network = meta.build(".".join(entries[family.network]), dict(config))
+        add_adapter(network, Adapter(1, 1.0, layers), "student")
     check_student(recipe, family)
     if reward:
         check_reward(reward_folder(reward), process, pipeline.vae)
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError for an output_dir of which a run would write over what no run has made.
+
+    A run first writes recipe.yaml, whole and without a comment; where checkpoints are, it has.
+    """
+    if checkpoint.all_of(folder):
+        return
+    known, found = folder / "recipe.yaml", [name for name in MADE if (folder / name).exists()]
+    if known.is_file():
+        text = plain.read(known, "the recipe")
+        content = plain.parse(text, str(known))
+        whole = isinstance(content, dict) and content.keys() >= Recipe.model_fields.keys()
+        if not whole or plain.written(content) != text:
+            raise UserError(
+                f"output_dir={str(folder)!r} holds a recipe.yaml of your own, where a run writes "
+                "down its recipe; give another output_dir, or the recipe another name"
+            )
+    elif found:
+        raise UserError(
+            f"output_dir={str(folder)!r} holds {', '.join(found)}, which a run would write over, "
+            "and no recipe.yaml says that one has made it; give another output_dir"
+        )
 
 
 def check_packages(recipe: Recipe) -> None:

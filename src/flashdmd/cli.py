@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer.exceptions import TyperException
 
-from flashdmd.cli_emoji import emoji
-from flashdmd.errors import FULL, Interrupted, Stopped, UserError
+from flashdmd.cli_emoji import emoji, say
+from flashdmd.errors import FULL, Interrupted, Stopped, UserError, masked
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +42,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 
 def show_version(wanted: bool | None) -> None:
     if wanted:
-        typer.echo(f"flashdmd {version('flashdmd')}")
+        say(f"flashdmd {version('flashdmd')}")
         raise typer.Exit
 
 
@@ -67,7 +68,7 @@ def demo(
     if family not in ("score", "flow"):
         raise UserError(f"--family {family}: there are 'score' and 'flow'")
     report = run.demo(family, output_dir, overrides or [])
-    typer.echo(f"Report: {report}")
+    say(f"Report: {report}")
 
 
 @app.command()
@@ -81,7 +82,7 @@ def train(
     from flashdmd import config, run
 
     report = run.full(config.read(recipe, overrides or [], output_dir), resume)
-    typer.echo(f"Report: {report}")
+    say(f"Report: {report}")
 
 
 @app.command()
@@ -93,7 +94,7 @@ def replay(
 
     from flashdmd.replay import replay
 
-    typer.echo(json.dumps(replay(kept), indent=2))
+    say(json.dumps(replay(kept), indent=2))
 
 
 @app.command()
@@ -106,7 +107,7 @@ def doctor(
     from flashdmd.doctor.recipe import examine
 
     for part in examine(config.read(recipe, overrides or [])):
-        typer.echo(part)
+        say(part)
 
 
 @app.command()
@@ -122,8 +123,8 @@ def reward(
     from flashdmd import reward_fit
 
     read = reward_fit.read(recipe, overrides or [])
-    typer.echo(json.dumps(reward_fit.fit_reward(read), indent=2))
-    typer.echo(f"Wrote {Path(read.output_dir) / 'reward'}")
+    say(json.dumps(reward_fit.fit_reward(read), indent=2))
+    say(f"Wrote {Path(read.output_dir) / 'reward'}")
 
 
 @app.command("import-reward")
@@ -142,7 +143,7 @@ def import_reward(
     if output.exists():
         raise UserError(f"--output {output} is there already; name another")
     latent_reward.write(published_lrm.load_published(published, base, unpickle), output)
-    typer.echo(f"Wrote {output}")
+    say(f"Wrote {output}")
 
 
 @app.command()
@@ -153,13 +154,15 @@ def sample(
         int | None, typer.Option(min=1, help="A teacher's, 50 if not given; a student has its own.")
     ] = None,
     seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(help="Teachers only; 3 if not given.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="Teachers only; 3 if not given.")
+    ] = None,
     output: Annotated[Path, typer.Option()] = Path("sample.png"),
 ) -> None:
     """Draw one picture a prompt into one PNG."""
     from flashdmd import run
 
-    typer.echo(f"Wrote {run.sample(model, prompts, steps, seed, guidance, output)}")
+    say(f"Wrote {run.sample(model, prompts, steps, seed, guidance, output)}")
 
 
 @app.command()
@@ -174,13 +177,15 @@ def export(
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = (
         "fp32"
     ),
-    rank: Annotated[int, typer.Option(min=1, help="Of a LoRA of a full fine-tuning.")] = 64,
+    rank: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Of a LoRA of a full fine-tuning.")
+    ] = 64,
 ) -> None:
     """Write a student for stock diffusers or for ComfyUI."""
     from flashdmd import publish
 
     written, lost = publish.export_run(run, format, output, dtype, rank)
-    typer.echo(f"Wrote {written}" + (f"; {lost}" if lost else ""))
+    say(f"Wrote {written}" + (f"; {lost}" if lost else ""))
 
 
 @app.command()
@@ -195,7 +200,7 @@ def evaluate(
     ),
     guidance: Annotated[
         float | None,
-        typer.Option(min=0, help="Of teachers; default: the students', beside none 3."),
+        typer.Option(min=0, max=1000, help="Of teachers; default: the students', beside none 3."),
     ] = None,
     split: Annotated[
         Literal["test", "train"],
@@ -212,15 +217,15 @@ def evaluate(
 
     named = None if reward == "none" else reward
     written = run.evaluate(models, output, num_prompts, named, guidance, split, seed)
-    typer.echo(compare.table(json.loads(written.read_text("utf-8"))["rows"]))
-    typer.echo(f"Wrote {written}")
+    say(compare.table(json.loads(written.read_text("utf-8"))["rows"]))
+    say(f"Wrote {written}")
 
 
 @app.command()
 def compare(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or emoji-score or emoji-flow.")],
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="How many: 0, 1, ...")] = 3,
     arms: Annotated[
         str, typer.Option(help="Some of them, with commas.")
     ] = "flash-dmd,rl,rl-only,dmd2",
@@ -232,8 +237,8 @@ def compare(
     planned = [arm.strip() for arm in arms.split(",")]
     read = config.read(recipe, overrides or [], output_dir)
     table = compare.compare(read, range(seeds), planned, output_dir)
-    typer.echo(table.read_text("utf-8"))
-    typer.echo(f"Wrote {table}")
+    say(table.read_text("utf-8"))
+    say(f"Wrote {table}")
 
 
 @app.command()
@@ -243,7 +248,7 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
 
     if not run_folder.is_dir():
         raise UserError(f"{run_folder} is not a folder; give the output_dir of a run")
-    typer.echo(f"Report: {write(run_folder)}")
+    say(f"Report: {write(run_folder)}")
 
 
 @config_app.command("show")
@@ -263,7 +268,7 @@ def config_init(
     """A complete, commented recipe for a model, right for its family."""
     from flashdmd import initial
 
-    typer.echo(f"Wrote {initial.write(model, output, full)}")
+    say(f"Wrote {initial.write(model, output, full)}")
 
 
 @config_app.command("schema")
@@ -289,9 +294,9 @@ def env() -> None:
     """Versions, for a bug report."""
     import platform
 
-    typer.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("flashdmd", "torch", "diffusers", "transformers", "safetensors", "numpy"):
-        typer.echo(f"{name} {version(name)}")
+        say(f"{name} {version(name)}")
 
 
 def main() -> None:
@@ -303,7 +308,7 @@ def main() -> None:
         signal.signal(number, interrupt)
     try:
         with company():
-            app()
+            obey()
     except UserError as e:
         if out_of_memory(e):
             fail(no_memory(e, again), 2)
@@ -327,6 +332,19 @@ def main() -> None:
         where = f": {e.filename}" if e.filename else ""
         on = f"; with room, {again} goes on" if e.errno in FULL else ""
         fail(f"{e.strerror}{where}. What was saved before is intact{on}", 2)
+
+
+def obey() -> None:
+    """Runs the command that was given, and ends; what is wrong with its words is said masked."""
+    for word in sys.argv[1:]:
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise UserError("an argument is empty, and an empty one names nothing; leave it out")
+    try:
+        sys.exit(app(standalone_mode=False))
+    except TyperException as e:
+        if told := e.format_message():  # else it has shown the help
+            fail(f"{told} See --help", e.exit_code)
+        sys.exit(e.exit_code)
 
 
 def several() -> bool:
@@ -403,5 +421,5 @@ def fail(message: str, code: int) -> None:
     if "tqdm" in sys.modules:  # a bar that is open would be drawn over the message
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
-    print(f"flashdmd: {message}", file=sys.stderr)
+    print(f"flashdmd: {masked(message)}", file=sys.stderr)
     sys.exit(code)

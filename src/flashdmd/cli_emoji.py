@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
-from flashdmd.errors import UserError
+from flashdmd.errors import UserError, masked
 
 emoji = typer.Typer(no_args_is_help=True, help="Re-make the parts of the embedded default.")
 SCORE, FLOW, VAE = "StableDiffusionPipeline", "StableDiffusion3Pipeline", "AutoencoderKL"
 TOLD_IN = {SCORE: "model_index.json", FLOW: "model_index.json", VAE: "config.json"}
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
+Steps = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Optimizer steps in all.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
+
+
+def say(text: str) -> None:
+    """A result, on standard output; whoever is signed in by a URL in it is not told."""
+    typer.echo(masked(text))
 
 
 def check_start(folder: Path | None, *kinds: str) -> None:
@@ -38,7 +43,7 @@ def emoji_data(
     from flashdmd.emoji import pack
 
     modules = pack.install(output.parent / "npm")
-    typer.echo(f"Packed {pack.pack(modules, output)} pictures into {output}")
+    say(f"Packed {pack.pack(modules, output)} pictures into {output}")
 
 
 @emoji.command("vae")
@@ -68,7 +73,7 @@ def emoji_vae(
         decoder_only=decoder_only,
         confetti=confetti,
     )
-    typer.echo(f"Wrote {output / 'vae'}")
+    say(f"Wrote {output / 'vae'}")
 
 
 @emoji.command("teacher")
@@ -89,7 +94,8 @@ def emoji_teacher(
     max_train_steps: Steps = 7000,
     batch: Annotated[int, typer.Option(min=1)] = 128,
     rate: Annotated[
-        float, typer.Option(min=0.0, help="Share of the learning rates; less to train on.")
+        float,
+        typer.Option(min=0.0, max=1e30, help="Share of the rates; less to train on."),
     ] = 1.0,
     seed: Seed = 0,
 ) -> None:
@@ -115,7 +121,7 @@ def emoji_teacher(
         seed=seed,
         tutors=tutor or [],
     )
-    typer.echo(f"Wrote {output / 'pipeline'}")
+    say(f"Wrote {output / 'pipeline'}")
 
 
 @emoji.command("reward")
@@ -132,8 +138,8 @@ def emoji_reward(
     check_start(start, SCORE)
     teacher = start or ASSETS / "score"
     trained = reward.train(output, teacher, max_train_steps, seed=seed)
-    typer.echo(f"Wrote {output / 'reward'}")
-    typer.echo(reward.report(trained, output / "reward", teacher))
+    say(f"Wrote {output / 'reward'}")
+    say(reward.report(trained, output / "reward", teacher))
 
 
 @emoji.command("judge")
@@ -146,5 +152,5 @@ def emoji_judge(
     from flashdmd.emoji import judge
 
     trained = judge.train(output, max_train_steps, seed=seed)
-    typer.echo(f"Wrote {output / 'judge'}")
-    typer.echo(judge.report(trained, output / "judge"))
+    say(f"Wrote {output / 'judge'}")
+    say(judge.report(trained, output / "judge"))

@@ -2,11 +2,11 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import (
-    Field,
     GetCoreSchemaHandler,
     GetPydanticSchema,
     ValidationError,
@@ -19,7 +19,7 @@ from flashdmd.algorithm import Method, split
 from flashdmd.baselines import NUMBERS as DMD2
 from flashdmd.errors import UserError
 from flashdmd.plain import parse, written
-from flashdmd.sections import Critic, Data, Lora, Model, Section, Train
+from flashdmd.sections import Critic, Data, Lora, Model, Section, Text, Train
 from flashdmd.sections import Metric as Metric
 from flashdmd.sections import Validation as Validation
 
@@ -77,7 +77,7 @@ class Recipe(Section):
     method: Annotated[Method, GetPydanticSchema(as_mapping)] = Method()
     train: Train = Train()
     validation: Validation = Validation()
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/flashdmd"  # of all that a run leaves
+    output_dir: Text = "runs/flashdmd"  # of all that a run leaves
 
     @model_validator(mode="before")
     @classmethod
@@ -139,7 +139,7 @@ class Recipe(Section):
                 "train.joint_train_steps is not 0 but method.preference_timesteps is empty: name "
                 "the steps at which candidates are drawn, or set train.joint_train_steps=0"
             )
-        if self.train.joint_train_steps and self.model.reward_model_name_or_path is None:
+        if self.train.joint_train_steps and not self.model.reward_model_name_or_path:
             raise ValueError(
                 "train.joint_train_steps is not 0 but there is no model.reward_model_name_or_path: "
                 "stage 2 needs a latent reward model"
@@ -195,13 +195,13 @@ def apply(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
     for override in overrides:
         name, equals, text = override.partition("=")
-        section, _, key = name.partition(".")
+        section, dot, key = name.partition(".")
         if not equals:
             raise UserError(f"{override!r} is not an override; write section.key=value")
         value = parse(text, f"the value of {override!r}")
-        given: dict[Any, Any] = {section: {key: value}} if key else {section: value}
+        given: dict[Any, Any] = {section: {key: value}} if dot else {section: value}
         check_keys(given, f"the override {override!r}")
-        if key:
+        if dot:
             result[section] = {**(result.get(section) or {}), key: value}
         else:
             result[section] = value
@@ -231,13 +231,14 @@ def check_keys(content: dict[Any, Any], where: str) -> None:
     for section, inner in content.items():
         if section not in valid:
             raise UserError(unknown(str(section), list(valid), where, valid))
-        if not valid[section]:
+        if not valid[section] and not isinstance(inner, dict):
             continue
         if inner is not None and not isinstance(inner, dict):
             raise UserError(f"{where}: {section} must hold keys, such as {valid[section][0]}")
         for key in inner or {}:
             if key not in valid[section]:
-                raise UserError(unknown(f"{section}.{key}", valid[section], where, valid))
+                near = valid[section] or list(valid)
+                raise UserError(unknown(f"{section}.{key}", near, where, valid))
 
 
 def unknown(name: str, near: list[str], where: str, valid: dict[str, list[str]]) -> str:
@@ -270,6 +271,11 @@ def build(content: dict[str, Any], where: str) -> Recipe:
 def describe(error: ErrorDetails) -> str:
     name = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
+    for bound in error.get("ctx", {}).values():
+        if isinstance(bound, float):  # 1e30 comes with all its digits
+            message = re.sub(r"-?[\d.]+$", f"{bound:g}", message)
+    if error["type"] == "string_too_short":
+        return f"{name}='' is empty; leave it out, or write what it names"
     if not name or error["type"] == "value_error":
         return message if not name else f"{name}: {message}"
     return f"{name}={error['input']!r}: {message}"

@@ -5,17 +5,37 @@ import re
 
 GOES_ON = "what was saved is intact, and the same command goes on from there"
 FULL = {errno.ENOSPC, errno.EDQUOT}  # of an OSError: the disk
-SECRET = re.compile(r"(:/{1,2})[^/\s@]+@")  # of a URL, or of one taken for a path: user:password
+WORD = re.compile(r"\S+")
+TOKEN = re.compile(r"(?i)(\bhf_)[a-z0-9]{8,}|((?:token|password)=)[^\s&'\"]+")
+
+
+def masked(text: str) -> str:
+    """Without what signs somebody in: user:password of a URL (also of one that a path made of it,
+    or that lacks its scheme), tokens of the hub, and what token= and password= are given.
+    """
+    return TOKEN.sub(r"\1\2***", WORD.sub(_unsigned, text))
+
+
+def _unsigned(word: re.Match[str]) -> str:
+    """Up to the last @, for a password may hold one, or a slash."""
+    before, at, place = word[0].rpartition("@")
+    start, colon, signed = before.partition(":")
+    if not at or not colon:
+        return word[0]
+    if signed.startswith("/"):
+        return f"{start}:{'//' if signed.startswith('//') else '/'}***@{place}"
+    named = re.match(r".*['\"=(]", start)  # what stands before the user: a key, a quote
+    return f"{named[0] if named else ''}***@{place}"
 
 
 class UserError(ValueError):
     """What was given, what is accepted, what to do. Shown without a traceback; exit code 2.
 
-    Names and passwords inside URLs are not repeated.
+    Names and passwords are not repeated, see `masked`.
     """
 
     def __str__(self) -> str:
-        return SECRET.sub(r"\1***@", super().__str__())
+        return masked(super().__str__())
 
 
 class Stopped(BaseException):

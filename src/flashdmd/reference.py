@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
+from flashdmd.algorithm import LARGEST, LONGEST, MANY
 from flashdmd.config import SECTIONS, Recipe
 from flashdmd.schedule import STEPS
 
@@ -22,17 +23,17 @@ METHOD: dict[str, Json] = {  # what `Method` itself checks, a test holds the two
     "matching_timesteps": {"minItems": 1, "items": TIME},
     "adversarial_timesteps": {"minItems": 1, "items": TIME},
     "preference_timesteps": {"items": TIME},
-    "teacher_guidance_scale": {"minimum": 1},
+    "teacher_guidance_scale": {"minimum": 1, "maximum": LARGEST},
     "renoise_range": {"items": {"minimum": 1, "maximum": STEPS - 1}},
-    "renoise_shift": {"exclusiveMinimum": 0},
+    "renoise_shift": {"exclusiveMinimum": 0, "maximum": LARGEST},
     "score_coupling": {"minimum": 0, "maximum": 1},
-    "ttur": {"minimum": 1},
-    "gan_loss_weight": {"minimum": 0},
-    "gan_gradient_ratio": {"exclusiveMinimum": 0},
-    "candidates": {"minimum": 2},
-    "beta": {"exclusiveMinimum": 0},
+    "ttur": {"minimum": 1, "maximum": LONGEST},
+    "gan_loss_weight": {"minimum": 0, "maximum": LARGEST},
+    "gan_gradient_ratio": {"exclusiveMinimum": 0, "maximum": LARGEST},
+    "candidates": {"minimum": 2, "exclusiveMaximum": MANY},
+    "beta": {"exclusiveMinimum": 0, "maximum": LARGEST},
     "ratio_clamp": {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
-    "preferences_per_distillation": {"minimum": 0},
+    "preferences_per_distillation": {"minimum": 0, "maximum": LONGEST},
 }
 
 
@@ -111,7 +112,8 @@ def takes(field: Json) -> str:
         word = f"list of {count or ''}".strip() + f" ({takes(first)})"
         word += ", one or more" if field.get("minItems") and not count else ""
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {field[k]}" for k, sign in signs.items() if k in field]
+    told = {k: v for k, v in field.items() if v not in (MANY, LARGEST, -LARGEST)}  # in the head
+    limits = [f"{sign} {told[k]}" for k, sign in signs.items() if k in told]
     return " ".join([word, ", ".join(limits)]).strip()
 
 
@@ -130,7 +132,8 @@ it would run.
 A recipe is YAML in its plainest form (1.2's core): `no`, `12:30` and `2024-01-01` are words,
 `010` is ten, `1e3` a whole number; a key that is given twice, an alias, a tag and a key that does
 not exist are errors, and a value of another type is never turned into one that fits (`"1"`,
-`true` and `yes` are no numbers and no truths, but for `true`). `[DEF]` marks a default that the
+`true` and `yes` are no numbers and no truths, but for `true`). No text is empty; whole numbers are
+below 2^31, others between -1e30 and 1e30, if nothing else is said. `[DEF]` marks a default that the
 paper does not give, `null` is what stands where a default says so.
 
 What the schema cannot say holds between keys, and is checked before the first model is loaded:

@@ -29,50 +29,48 @@ from flashdmd.preferences import GAPS, Batch, Preferences, divided, filtered, op
 from flashdmd.reward import pair_loss
 from flashdmd.sampler import repeat, times
 from flashdmd.schedule import STEPS
-from flashdmd.sections import Section
+from flashdmd.sections import Count, Decay, Norm, Rate, Section, Seed, Signed, Text, Whole
 from flashdmd.seeds import seed_of
 
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0)]
 Time = Annotated[int, Field(ge=0, lt=STEPS)]
 
 
 class RewardRecipe(Section):
     """LRM-XL's numbers, those of LPO's public configuration; in brackets LRM-1.5's."""
 
-    pretrained_model_name_or_path: str  # the base: a pipeline folder, or a name on the hub
+    pretrained_model_name_or_path: Text  # the base: a pipeline folder, or a name on the hub
     train_text_encoders: bool | None = None  # None: as LPO, CLIPs of SD and SDXL yes, SD3's no
-    text_projection: str | None = None  # [CLIP-L's model.safetensors]; None: starts as identity
+    text_projection: Text | None = None  # [CLIP-L's model.safetensors]; None: starts as identity
     resolution: Count | None = None  # pixels across; None: the base's [512, XL 1024]
 
-    train_data: str  # a folder of parquet or arrow files, one of save_to_disk, or a .jsonl
-    split: str = "train"
-    held_out_data: str | None = None  # None: a share of the prompts of train_data
-    held_out_split: str = "validation_unique"  # Pick-a-Pic's
+    train_data: Text  # a folder of parquet or arrow files, one of save_to_disk, or a .jsonl
+    split: Text = "train"
+    held_out_data: Text | None = None  # None: a share of the prompts of train_data
+    held_out_split: Text = "validation_unique"  # Pick-a-Pic's
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.01  # [DEF]
-    score_gaps: str | None = None  # a .csv or .jsonl, a line for each row; None: columns, if any
-    gap_bounds: dict[str, tuple[float, float]] = GAPS  # least lead of a pair, most of a tie
+    score_gaps: Text | None = None  # a .csv or .jsonl, a line for each row; None: columns, if any
+    gap_bounds: dict[Text, tuple[Signed, Signed]] = GAPS  # least lead of a pair, most of a tie
 
     timesteps: Annotated[tuple[Time, ...], Field(min_length=1)] = tuple(range(1, 952, 50))
-    max_train_steps: Annotated[int, Field(ge=0)] = 8000  # [4000]
+    max_train_steps: Whole = 8000  # [4000]
     train_batch_size: Count = 32  # pairs: 4 on each of 8 GPUs [16 on each: 128]
     micro_batch_size: Count | None = None  # pairs in memory at once; None: all
     learning_rate: Rate = 1e-5
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 1000  # linear [500]
+    lr_warmup_steps: Whole = 1000  # linear [500]
     lr_decay_steps: Count = 64_000  # where a linear decay ends: 8000 steps x 8 GPUs [32,000]
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_weight_decay: Rate = 0.3
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    adam_weight_decay: Decay = 0.3
+    max_grad_norm: Norm = 1.0
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; scores and loss are float32
     gradient_checkpointing: bool = False  # less memory, about a third more time
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
 
     report_timesteps: tuple[Time, ...] = (1, 201, 401, 601, 801, 951)  # of the held-out accuracy
     workers: Count = 8  # threads that read pictures
-    checkpointing_steps: Annotated[int, Field(ge=0)] = 500  # 0: only at the end
+    checkpointing_steps: Whole = 500  # 0: only at the end
     checkpoints_total_limit: Count | None = 1  # None keeps all
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/reward"
+    output_dir: Text = "runs/reward"
 
     @model_validator(mode="after")
     def _rates(self) -> "RewardRecipe":

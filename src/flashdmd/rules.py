@@ -8,6 +8,11 @@ from flashdmd.algorithm import Method
 from flashdmd.sections import Critic, Data, Lora, Model, Train
 
 EMBEDDED = {"emoji-score": "score", "emoji-flow": "flow"}  # teachers: folders of emoji/assets
+BUILT_IN = {*EMBEDDED, "emoji-reward", "emoji", "teacher"}  # names that are no folders
+MADE = (  # by a run, beside its checkpoints; gone when it starts over
+    "metrics.jsonl", "validation.jsonl", "metrics.json", "data.json", "timing.json", "report.html",
+    "samples", "student", "student-stage1", "not-finite",
+)  # fmt: skip
 Rule = tuple[bool, str]  # whether it is broken, and what is said then
 
 
@@ -36,6 +41,7 @@ def idle(recipe: Sections) -> Iterator[Rule]:
     yield from of_pictures(recipe)
     yield from of_dmd2(recipe)
     yield from of_shares(recipe)
+    yield from of_output(recipe)
 
 
 def of_networks(recipe: Sections) -> Iterator[Rule]:
@@ -79,6 +85,31 @@ def of_networks(recipe: Sections) -> Iterator[Rule]:
         f"model.student_model_name_or_path={student!r} is inside output_dir="
         f"{recipe.output_dir!r}, where the run writes its own students; give another output_dir",
     )
+
+
+def of_output(recipe: Sections) -> Iterator[Rule]:
+    """A run writes over nothing that it reads, and does not read what it writes."""
+    model, data, output = recipe.model, recipe.data, Path(recipe.output_dir).resolve()
+    for key, name in (
+        ("model.pretrained_model_name_or_path", model.pretrained_model_name_or_path),
+        ("model.reward_model_name_or_path", model.reward_model_name_or_path),
+        ("model.student_model_name_or_path", model.student_model_name_or_path),
+        ("data.train_data_dir", data.train_data_dir),
+    ):
+        if name is None or name in BUILT_IN:
+            continue
+        place = Path(name).resolve()
+        yield (
+            output.is_relative_to(place),
+            f"output_dir={recipe.output_dir!r} is inside {key}={name!r}, which a run reads and "
+            "does not write to; give another output_dir",
+        )
+        first = place.relative_to(output).parts[:1] if place.is_relative_to(output) else ()
+        yield (
+            any(part in MADE or part.startswith("checkpoint-") for part in first),
+            f"{key}={name!r} is where output_dir={recipe.output_dir!r} has what a run makes, and "
+            "it would be written over; give another output_dir",
+        )
 
 
 def of_pictures(recipe: Sections) -> Iterator[Rule]:

@@ -37,6 +37,7 @@ from flashdmd.resuming import (
     check_same,
     tell_versions,
 )
+from flashdmd.rules import MADE
 from flashdmd.sampler import times
 from flashdmd.schedule import STEPS
 from flashdmd.seeds import seed_of
@@ -57,10 +58,6 @@ PICTURES = (".png", ".webp")
 REAL = "real pictures"
 COMPARED = 8  # prompts of comparison.png
 
-MADE = (  # by a run, beside its checkpoints; gone when it starts over
-    "metrics.jsonl", "validation.jsonl", "metrics.json", "data.json", "timing.json", "report.html",
-    "samples", "student", "student-stage1", "not-finite",
-)  # fmt: skip
 log = logging.getLogger(__name__)
 WATCHED = ("matching", "adversarial", "diffusion", "hinge", "preference", "reward/best")
 
@@ -73,6 +70,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     """
     output = Path(recipe.output_dir)
     best.check_metric(recipe)
+    beforehand.check_output(Path(recipe.output_dir))
     with alone_in(output) if distributed.first() else nullcontext():
         point = distributed.told(beginning(recipe, resume) if distributed.first() else None)
         beforehand.check(recipe)

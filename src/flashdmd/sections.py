@@ -4,13 +4,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from flashdmd.algorithm import LARGEST, MANY
 from flashdmd.augment import Change
 from flashdmd.schedule import STEPS
 
-Rate = Annotated[float, Field(ge=0)]
-Norm = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]  # none is empty: that is no name
+Rate = Annotated[float, Field(ge=0, le=LARGEST)]
+Norm = Annotated[float, Field(gt=0, le=LARGEST)]
+Signed = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Decay = Annotated[float, Field(ge=0, le=1000)]  # times a rate
+Whole = Annotated[int, Field(ge=0, lt=MANY)]
+Count = Annotated[int, Field(ge=1, lt=MANY)]
+Blocks = Annotated[tuple[Whole, ...], Field(min_length=1)]
+Window = tuple[Whole, Whole]
+Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 Metric = Literal["kid", "retrieval", "reward", "held_out_reward", "diversity"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -32,17 +39,17 @@ def tupled(content: Any) -> Any:
 
 
 class Model(Section):
-    pretrained_model_name_or_path: str = "emoji-score"  # a folder, a hub id, emoji-score or -flow
-    revision: str | None = None  # of the hub id
-    variant: str | None = None  # of its files' names, such as fp16
-    teacher_lora: str | None = None  # a LoRA that belongs to the teacher: folder, file, hub id
-    teacher_lora_scale: float = 1.0  # of what teacher_lora adds
-    pretrained_vae_model_name_or_path: str | None = None  # None: the pipeline's own
+    pretrained_model_name_or_path: Text = "emoji-score"  # a folder, a hub id, emoji-score or -flow
+    revision: Text | None = None  # of the hub id
+    variant: Text | None = None  # of its files' names, such as fp16
+    teacher_lora: Text | None = None  # a LoRA that belongs to the teacher: folder, file, hub id
+    teacher_lora_scale: Signed = 1.0  # of what teacher_lora adds
+    pretrained_vae_model_name_or_path: Text | None = None  # None: the pipeline's own
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of all that is frozen but the autoencoder
     vae_precision: Literal["fp32", "run"] = "fp32"  # run: as train.mixed_precision
     quantize_base: Literal["none", "int8", "nf4"] = "none"  # of LoRA's base
-    reward_model_name_or_path: str | None = "emoji-reward"  # or a folder; None: stage 1 only
-    student_model_name_or_path: str | None = None  # a student to start from; None: the teacher
+    reward_model_name_or_path: Text | None = "emoji-reward"  # or a folder; None: stage 1 only
+    student_model_name_or_path: Text | None = None  # a student to start from; None: the teacher
 
     @field_validator("vae_precision", mode="before")
     @classmethod
@@ -56,40 +63,40 @@ class Model(Section):
 
 
 class Lora(Section):
-    rank: Annotated[int, Field(ge=0)] = 0  # of student and score estimator; 0: full fine-tuning
-    lora_alpha: Annotated[float, Field(gt=0)] | None = None  # None: as rank, a scale of 1
+    rank: Whole = 0  # of student and score estimator; 0: full fine-tuning
+    lora_alpha: Norm | None = None  # None: as rank, a scale of 1
     lora_layers: Names | None = None  # names of layers that get one; None: the family's
 
 
 class Critic(Section):
-    backbone: str = "efficientnet-lite0"  # or a SAM, DINOv2, DINOv3 folder or hub id, timm:NAME
-    blocks: tuple[int, ...] | None = None  # whose maps have heads; None: SAM's global ones, four
+    backbone: Text = "efficientnet-lite0"  # or a SAM, DINOv2, DINOv3 folder or hub id, timm:NAME
+    blocks: Blocks | None = None  # whose maps have heads; None: SAM's global ones, four
     width: Count = 128  # [DEF] channels of the heads (ADM: 256, on SAM)
     crop: Count | None = None  # latent places across a random crop that is decoded; None: all
     augment: tuple[Change, ...] = ()  # DiffAugment: colour, translation, cutout; [DEF] none
     r1_weight: Rate = 0.0  # [DEF] of approximate R1 on real pictures; 0: none
-    r1_sigma: Annotated[float, Field(gt=0)] = 0.1  # [DEF] its noise
+    r1_sigma: Norm = 0.1  # [DEF] its noise
 
 
 class Data(Section):
-    train_data_dir: str = "emoji"  # real pictures and captions (docs/data.md); teacher: its samples
-    prompts: str | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
-    image_column: str | None = None  # of a Hugging Face data set; None: guessed
-    caption_column: str | None = None  # likewise
-    resolution: Annotated[int, Field(ge=8)] | None = None  # pixels; None: the teacher's
+    train_data_dir: Text = "emoji"  # real pictures, captions (docs/data.md); teacher: its samples
+    prompts: Text | None = None  # .txt, one a line, or .jsonl with "prompt"; None: the captions
+    image_column: Text | None = None  # of a Hugging Face data set; None: guessed
+    caption_column: Text | None = None  # likewise
+    resolution: Annotated[int, Field(ge=8, lt=MANY)] | None = None  # pixels; None: the teacher's
     aspect_ratio_buckets: bool = False  # a batch of one shape, not all cut to squares
     teacher_samples: Count = 4096  # pictures, where train_data_dir is teacher
-    cache_dir: str | None = None  # of embeddings, latents, teacher samples; None: output_dir/cache
+    cache_dir: Text | None = None  # of embeddings, latents, teacher samples; None: output_dir/cache
     cache_text_embeddings: bool = False  # then the text encoders are let go
     cache_latents: bool = False  # of the real pictures; a picture is then always cut the same
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0  # processes that draw ahead; 0: none
+    dataloader_num_workers: Whole = 0  # processes that draw ahead; 0: none
 
 
 class Train(Section):
     arm: Literal["flash-dmd", "dmd2"] = "flash-dmd"  # the method, or what it is compared with
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    max_train_steps: Annotated[int, Field(ge=0)] = 1000  # GENERATOR updates of stage 1 (paper: 1k)
-    joint_train_steps: Annotated[int, Field(ge=0)] = 400  # generator updates of stage 2; 0: none
+    max_train_steps: Whole = 1000  # GENERATOR updates of stage 1 (paper: 1k)
+    joint_train_steps: Whole = 400  # generator updates of stage 2; 0: none
     stage2: Literal["joint", "rl"] = "joint"  # rl: preference updates alone, and they are counted
     train_batch_size: Count = 64  # images an iteration (paper: 64 SDXL, 32 SD3)
     preference_batch_size: Count = 32  # [DEF] prompts of a preference update, a pair at each S_rl
@@ -104,19 +111,19 @@ class Train(Section):
     stage2_learning_rate: Rate | None = None  # [DEF] G's distilling updates of stage 2; None: as 1
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # DMD2
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # DMD2
-    adam_weight_decay: Rate = 0.01  # DMD2
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8  # torch's
+    adam_weight_decay: Decay = 0.01  # DMD2
+    adam_epsilon: Annotated[float, Field(ge=1e-30, le=LARGEST)] = 1e-8  # torch's
     max_grad_norm: Norm = 10.0  # of student and score estimator; DMD2, full fine-tuning
     discriminator_max_grad_norm: Norm = 1.0  # [DEF] heads: SenseFlow's
     preference_max_grad_norm: Norm = 1.0  # [DEF] G in stage 2: LPO's
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each network's own updates
+    lr_warmup_steps: Whole = 0  # of each network's own updates
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [DEF] student's (RTDMD); 0: none
     mixed_precision: Literal["no", "bf16"] = "bf16"  # of the networks; losses are float32
     seed: Seed = 0  # with the step it decides all that is drawn
-    checkpointing_steps: Annotated[int, Field(ge=0)] = 100  # generator updates; 0: only at the end
+    checkpointing_steps: Whole = 100  # generator updates; 0: only at the end
     checkpoints_total_limit: Count | None = 2  # the newest; None keeps all
     max_bad_iterations: Count = 3  # [DEF] in a row in which something is not finite; then it stops
-    gan_calibration_steps: tuple[int, int] = (50, 150)  # [DEF] generator updates; sets lambda_adv
+    gan_calibration_steps: Window = (50, 150)  # [DEF] generator updates; sets lambda_adv
 
     @field_validator("gan_calibration_steps")
     @classmethod
@@ -138,7 +145,7 @@ class Train(Section):
 
 
 class Validation(Section):
-    prompts: tuple[str, ...] = ()  # shown in the report; none: some of those that are measured
+    prompts: tuple[Text, ...] = ()  # shown in the report; none: some of those that are measured
     num_prompts: Annotated[int, Field(ge=8, le=276)] = 276  # measured on, one picture each
     teacher_steps: Annotated[int, Field(ge=1, le=STEPS)] = 50  # of the teacher beside it
     seed: Seed = 1234  # of the starting noise, the same for every arm

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,34 @@ def load_backbone(
     return Vision(maps, statistics, longer_side=longer_side)
 
 
+def check_backbone(name: str, blocks: tuple[int, ...] | None) -> None:
+    """Raises UserError for a backbone that cannot be had, by its name and its configuration alone;
+    of one on the hub that is fetched.
+    """
+    if name == "efficientnet-lite0":
+        return
+    if name.startswith("timm:"):
+        check_timm(name.removeprefix("timm:"))
+        return
+    config = configured(folder_of(name, ["config.json"]))
+    kind = config.model_type
+    if kind not in (*SAMS, *DINOS, *PYRAMIDS):
+        raise UserError(f"{name} is of model_type={kind!r}; accepted are {ACCEPTED}")
+    if blocks is not None and kind in (*SAMS, *DINOS):
+        chosen(name, blocks, getattr(config, "vision_config", config).num_hidden_layers)
+    elif blocks is not None:
+        chosen(name, blocks, len([s for s in config.stage_names if s != "stem"]))
+
+
+def configured(folder: Path) -> Any:
+    """The configuration of the network in a folder."""
+    refuse_config(str(folder), read_json(folder / "config.json"))
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # values that a config refuses come as errors of its own kind
+        raise UserError(f"{folder}/config.json cannot be used: {e}") from e
+
+
 def of_blocks(
     name: str,
     network: Any,
@@ -262,10 +291,7 @@ def pyramid(name: str, folder: Path, dtype: torch.dtype, blocks: tuple[int, ...]
 
     Not by AutoBackbone.from_pretrained, which takes folders for names of timm.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # values that a config refuses come as errors of its own kind
-        raise UserError(f"{folder}/config.json cannot be used: {e}") from e
+    config = configured(folder)
     stages = [s for s in config.stage_names if s != "stem"]
     config.out_features = [stages[i] for i in chosen(name, blocks, len(stages))]
     network = MODEL_FOR_BACKBONE_MAPPING[type(config)]
@@ -304,16 +330,19 @@ def pretrained(network: Any, folder: Path, dtype: torch.dtype, **how: Any) -> An
     return loaded
 
 
-def timm_network(name: str, checkpointing: bool) -> Any:
-    """A network of timm that answers with a list of maps, with timm's weights."""
+def check_timm(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name):  # timm's local-dir:PATH unpickles
         raise UserError(f"timm:{name} is no name of timm's own models, the only ones accepted")
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError as e:
+    if find_spec("timm") is None:
         raise UserError(
             f"timm:{name} needs the package timm: pip install timm; without it, {ACCEPTED}"
-        ) from e
+        )
+
+
+def timm_network(name: str, checkpointing: bool) -> Any:
+    """A network of timm that answers with a list of maps, with timm's weights."""
+    check_timm(name)
+    timm = importlib.import_module("timm")
     try:
         network = timm.create_model(name, features_only=True, pretrained=True)
     except Exception as e:  # an unknown name, no weights, no network, no maps: each its own kind
@@ -331,12 +360,12 @@ def timm_backbone(network: Any, dtype: torch.dtype, longer_side: int | None = No
     return Vision(maps, statistics, longer_side=longer_side)
 
 
-def folder_of(name: str) -> Path:
+def folder_of(name: str, files: list[str] = HUB_FILES) -> Path:
     """The folder of that name, or the cached one of a hub id, downloaded where it is not."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as e:  # what the hub's client raises is of these
         raise UserError(
             f"{name!r} is no folder, and not to be had from the hub ({e}); accepted are {ACCEPTED}"
