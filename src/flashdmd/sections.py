@@ -122,7 +122,7 @@ class Train(Section):
     seed: Seed = 0  # with the step it decides all that is drawn
     checkpointing_steps: Whole = 100  # generator updates; 0: only at the end
     checkpoints_total_limit: Count | None = 2  # the newest; None keeps all
-    max_bad_iterations: Count = 3  # [DEF] in a row in which something is not finite; then it stops
+    max_bad_iterations: Count = 3  # [DEF] skips of one update in a row, for NaN; then it stops
     gan_calibration_steps: Window = (50, 150)  # [DEF] generator updates; sets lambda_adv
 
     @field_validator("gan_calibration_steps")
