@@ -1,11 +1,17 @@
 """Several processes make the run that one makes: real ones, joined by gloo."""
 
+import os
+import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import together
+import torch.distributed as dist
+from processes import free_port, together
+from test_faults import Run
 from test_trainer import batches, dmd2_trainer, trainer, weights
 
 from flashdmd import distributed, draws
@@ -116,9 +122,25 @@ def test_processes_that_differ_are_told() -> None:
     assert together(work) == ["told"] * 2
 
 
+SECOND = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
-    [({"WORLD_SIZE": "two"}, "must be numbers"), ({"WORLD_SIZE": "2"}, "MASTER_ADDR")],
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two must be a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        (SECOND | {"RANK": "x"}, "RANK=x must be a whole number from 0 to 1"),
+        (SECOND | {"RANK": "5"}, "RANK=5 must be a whole number from 0 to 1"),
+        (SECOND | {"RANK": "-1"}, "RANK=-1 must be"),
+        (SECOND | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one must be"),
+        (SECOND | {"MASTER_PORT": "http"}, "MASTER_PORT=http must be"),
+        (SECOND | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 must be.* from 1 to 65535"),
+        (SECOND | {distributed.TIMEOUT: "nan"}, "MINUTES=nan must be a number of minutes"),
+        (SECOND | {distributed.TIMEOUT: "0"}, "MINUTES=0 must be a number of minutes"),
+        (SECOND | {distributed.TIMEOUT: "soon"}, "MINUTES=soon must be a number of minutes"),
+    ],
 )
 def test_an_environment_that_makes_no_sense(
     given: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
@@ -129,3 +151,74 @@ def test_an_environment_that_makes_no_sense(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says), distributed.joined():
         pass
+
+
+def waiting(said: Path, **given: str) -> Run:
+    """The command as one of two processes of which the other never comes."""
+
+    def before() -> None:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(free_port()), **given}
+        said.with_name("begun").touch()
+
+    return Run(Path("recipe.yaml"), said, before)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_does_not_come_is_told(rank: str, tmp_path: Path) -> None:
+    code, said = waiting(tmp_path / "said", RANK=rank, FLASHDMD_TIMEOUT_MINUTES="0.01").end()
+    assert code == 75, said
+    assert f"process {rank}: the 2 processes of this run did not all come to MASTER_ADDR=" in said
+    assert "FLASHDMD_TIMEOUT_MINUTES=0.01" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_the_others(number: int, rank: str, tmp_path: Path) -> None:
+    run = waiting(tmp_path / "said", RANK=rank)
+    run.wait_for((tmp_path / "begun").exists)
+    time.sleep(0.5)
+    assert run.process.pid
+    os.kill(run.process.pid, number)
+    asked = time.monotonic()
+    code, said = run.end()
+    assert code == 130, said
+    assert time.monotonic() - asked < 5
+    assert "stopped" in said
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_port_that_another_program_has_is_told(rank: str, tmp_path: Path) -> None:
+    """It is that of a server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        given = {"MASTER_PORT": port, "FLASHDMD_TIMEOUT_MINUTES": "0.01"}
+        code, said = waiting(tmp_path / "said", RANK=rank, **given).end()
+    assert code == (2 if rank == "0" else 75), said
+    assert f"MASTER_PORT={port}" in said
+    assert "Traceback" not in said
+
+
+def test_the_others_wait_for_the_first_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice: what it told the first time does not count the second."""
+    monkeypatch.setenv("FLASHDMD_TIMEOUT_MINUTES", "0.03")
+    began = time.monotonic()
+
+    def work() -> float:
+        for seconds in (0.2, 3.0):
+            with distributed.first_alone():
+                time.sleep(seconds * distributed.first())
+        return time.monotonic() - began
+
+    assert min(together(work)) > 3.0
+
+
+@pytest.mark.parametrize(
+    "error", [dist.DistStoreError("wait"), RuntimeError("Gloo: reset by peer")]
+)
+def test_the_end_of_another_process_is_known_also_at_the_start(error: RuntimeError) -> None:
+    assert distributed.lost(error)
+    assert not distributed.lost(RuntimeError("mat1 and mat2"))

@@ -365,21 +365,24 @@ def company() -> Iterator[None]:
         )
     from flashdmd import distributed
 
-    with distributed.joined():
-        if not distributed.first():
-            os.environ["TQDM_DISABLE"] = "1"
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
-        try:
+    try:
+        with distributed.joined():
+            if not distributed.first():
+                os.environ["TQDM_DISABLE"] = "1"
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
             yield
-        except RuntimeError as e:
-            if not distributed.lost(e):
-                raise
-            told = str(e).partition("\n")[0]
-            fail(
-                f"another process of this run has ended ({told}). What was saved before is intact; "
-                "the same command goes on from there",
-                75,
-            )
+    except distributed.Absent as e:
+        fail(f"{e}. Nothing was begun; start all of them with the same command", 75)
+    except RuntimeError as e:
+        if not distributed.lost(e):
+            raise
+        told = str(e).partition("\n")[0]
+        late = f", or was awaited for longer than {distributed.TIMEOUT}" if "time" in told else ""
+        fail(
+            f"another process of this run has ended{late} ({told}). What was saved before is "
+            "intact; the same command goes on from there",
+            75,
+        )
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -8,15 +8,18 @@ are averaged. One process is the case in which nothing here does anything.
 import copy
 import ctypes
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -35,19 +38,23 @@ PARTS = 16  # of a network: what is put together at a time holds no more than on
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h: bytes from which memory is the system's once freed
 FILES = 64  # of a process's shares of a checkpoint, at most some more
 TIMEOUT = "FLASHDMD_TIMEOUT_MINUTES"  # how long a process waits for the others; 30 unless set
+LONGEST = 10**6  # minutes, two years
+MOST = 2**16  # processes
+ASK_AGAIN = 0.1  # seconds
+
+
+class Absent(RuntimeError):  # noqa: N818 - of processes
+    """Others did not come in time."""
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, the processes of this run know each other: by NCCL on GPUs, else by gloo.
 
-    Raises UserError when the environment that says who they are makes no sense.
+    Raises UserError when the environment that says who they are makes no sense, Absent when the
+    others do not come.
     """
-    try:
-        of, minutes = int(os.environ.get("WORLD_SIZE", "1")), float(os.environ.get(TIMEOUT, "30"))
-        here = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as e:
-        raise UserError(f"WORLD_SIZE, LOCAL_RANK and {TIMEOUT} must be numbers: {e}") from e
+    of = asked("WORLD_SIZE", 1, MOST, "1")
     if of == 1:
         yield
         return
@@ -56,12 +63,71 @@ def joined() -> Iterator[None]:
             f"WORLD_SIZE={of} but {', '.join(sorted(missing))} are not set; start several "
             "processes with torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
+    asked("RANK", 0, of - 1), asked("MASTER_PORT", 1, 2**16 - 1)
+    here, timeout = asked("LOCAL_RANK", 0, MOST, "0"), patience()
     if torch.cuda.is_available():
         torch.cuda.set_device(here % torch.cuda.device_count())
-    dist.init_process_group(timeout=timedelta(minutes=minutes))
+    meet(timeout)
     yield
     barrier()  # the first holds what the others find each other by
     dist.destroy_process_group()  # after an error the end of the process does it
+
+
+def asked(name: str, least: int, most: int, default: str = "") -> int:
+    """A whole number from the environment. Raises UserError for what is none or out of range."""
+    given = os.environ.get(name, default)
+    value = int(given) if given.isdecimal() else -1
+    if not least <= value <= most:
+        raise UserError(
+            f"{name}={given} must be a whole number from {least} to {most}; torchrun and "
+            "`accelerate launch` set it, and for one process WORLD_SIZE is unset"
+        )
+    return value
+
+
+def patience() -> timedelta:
+    """How long a process waits for another. Raises UserError for no time."""
+    given = os.environ.get(TIMEOUT, "30")
+    try:
+        minutes = float(given)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes <= LONGEST:
+        raise UserError(
+            f"{TIMEOUT}={given} must be a number of minutes, above 0, at most {LONGEST}"
+        )
+    return timedelta(minutes=minutes)
+
+
+def meet(timeout: timedelta) -> None:
+    """Begins the process group, in a thread: no signal would end torch's own wait for the others.
+
+    Raises UserError for a port that is taken, Absent when the others do not come.
+    """
+    errors: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            dist.init_process_group(timeout=timeout)
+        except BaseException as e:
+            errors.append(e)
+
+    thread, until = Thread(target=begin, daemon=True), time.monotonic() + timeout.total_seconds()
+    thread.start()
+    while thread.is_alive() and time.monotonic() < until:
+        thread.join(ASK_AGAIN)
+    told = f"{errors[0]}".partition("\n")[0] if errors else "they are still awaited"
+    place = " ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in told:
+        raise UserError(f"{place}: another program has this port; give one that is free")
+    if thread.is_alive() or (errors and isinstance(errors[0], dist.DistError)):
+        of, minutes = os.environ["WORLD_SIZE"], timeout.total_seconds() / 60
+        raise Absent(
+            f"the {of} processes of this run did not all come to {place} in {TIMEOUT}={minutes:g} "
+            f"({told})"
+        ) from (errors[0] if errors else None)
+    if errors:
+        raise errors[0]
 
 
 def rank() -> int:
@@ -86,13 +152,24 @@ def barrier() -> None:
 def first_alone() -> Iterator[None]:
     """The first process goes through the body alone, the others after it: they find what it made.
 
-    An error of one of them is told to the others by its end.
+    They wait as long as it takes. An error of one of them is told to the others by its end.
     """
-    if not first():
-        barrier()
-    yield
+    if ranks() == 1:
+        yield
+        return
+    assert dist.group.WORLD
+    store, done = dist.group.WORLD.get_group_store(), "the first is done"
     if first():
-        barrier()
+        yield
+        store.set(done, "")
+    while not store.check([done]):  # it fails when who keeps the store has ended
+        time.sleep(ASK_AGAIN)
+    barrier()
+    if first():
+        store.delete_key(done)  # for the next time
+    barrier()
+    if not first():
+        yield
 
 
 def told(value: T) -> T:
@@ -185,7 +262,7 @@ def lost(error: RuntimeError) -> bool:
     """Whether an error is the end of another process, as those who wait for it meet it."""
     told = str(error).lower()
     signs = ("gloo", "nccl", "connection closed", "connection reset", "timeout", "timed out")
-    return ranks() > 1 and any(sign in told for sign in signs)
+    return isinstance(error, dist.DistError) or any(sign in told for sign in signs)
 
 
 def shard(network: nn.Module) -> None:
@@ -287,13 +364,21 @@ def shards(tensors: Mapping[str, Tensor]) -> bool:
 def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Safetensors files of each process with its shares; all of them have to call.
 
-    Several, for each is put together in memory, twice, before it is written.
+    Several, for each is put together in memory, twice, before it is written. What one of them
+    meets, first of all an OSError of its disk, is raised in all.
     """
     most = max(BUCKET, sum(t.numel() for t in tensors.values()) // FILES)
     names, cut = iter(tensors), buckets(tensors.values(), most)
     files = {next(names): n for n, bucket in enumerate(cut, start=1) for _ in bucket}
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-    save_state(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
+    try:
+        save_state(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
+    except CheckpointException as e:
+        met = [error for error, _ in e.failures.values()]
+        error = next((one for one in met if isinstance(one, OSError)), met[0])
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(folder)
+        raise error from e
 
 
 def shapes_of_shards(folder: Path) -> dict[str, torch.Size]:
