@@ -3,16 +3,21 @@
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_data_buckets
 import tiny
+import tiny_run
 import torch
-from faults import Figure
-from processes import together
+from faults import Figure, Lost, contents, lost_files, lost_iterations
+from processes import free_port, together
+from test_faults import Run
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from flashdmd import beforehand, checkpoint, distributed
@@ -274,3 +279,71 @@ def test_a_student_of_several_files_is_read_back(folder: Path, tmp_path: Path) -
         index.write_text(text)
         with pytest.raises(UserError, match=says):
             read_student(teacher.denoiser.twin("student"), tmp_path / "student")
+
+
+FULL = "a tmpfs with 64 KiB left, between two starts of a sharded run of two processes"
+
+
+@pytest.mark.slow
+@pytest.mark.fault("disk: full when shares of a checkpoint are written", FULL)
+def test_a_full_disk_is_told_by_each_process_of_a_sharded_run(tmp_path: Path, lost: Lost) -> None:
+    disk, output, teacher = tmp_path / "disk", tmp_path / "disk/run", tmp_path / "teacher"
+    disk.mkdir()
+    tiny.score_folder(teacher)
+    numbers = {"train_batch_size": 2, "sharded": True, "checkpoints_total_limit": 2}
+
+    def two(steps: int) -> list[Run]:
+        """Both, for so many updates in all."""
+        port, train = str(free_port()), numbers | {"max_train_steps": steps}
+        path = tiny_run.recipe(teacher, output, train, method={"gan_gradient_ratio": None})
+
+        def begin(rank: str) -> Run:
+            given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            before = partial(os.environ.update, given, LOCAL_RANK=rank, MASTER_PORT=port)
+            return Run(path, tmp_path / rank, before)
+
+        return [begin("0"), begin("1")]
+
+    def saves(running: list[Run], name: str) -> None:
+        running[0].wait_for((output / name).exists)
+        for run in running:
+            run.process.kill()
+            run.end()
+        assert checkpoint.latest(output) == output / name
+
+    if os.geteuid() or os.system(f"mount -t tmpfs -o size=64m tmpfs {disk} 2>/dev/null"):
+        pytest.skip("cannot mount a file system here")
+    try:
+        saves(two(1), "checkpoint-2")
+        before = contents(output / "checkpoint-2")
+        told = os.statvfs(disk)
+        (disk / "filled").write_bytes(bytes(told.f_bavail * told.f_frsize - 2**16))
+        for code, said in [run.end() for run in two(2)]:
+            assert code == 2, said
+            assert f"No space left on device: {output}" in said
+            assert "with room, the same command goes on" in said
+            assert "Traceback" not in said
+        lost(lost_iterations(output), "iterations")
+        lost(lost_files(before, output / "checkpoint-2"), "files")
+        assert contents(output / "checkpoint-2") == before
+        (disk / "filled").unlink()
+        saves(two(2), "checkpoint-4")
+    finally:
+        os.system(f"umount --lazy {disk}")
+
+
+def test_what_one_process_meets_when_it_writes_its_shares_all_raise(tmp_path: Path) -> None:
+    """A file lies where the second one writes."""
+
+    def work() -> str:
+        folder = tmp_path / ("file" if distributed.rank() else "folder")
+        mesh = init_device_mesh("cpu", (2,))
+        shares = {"a": distribute_tensor(torch.ones(4), mesh, [Shard(0)])}
+        with pytest.raises(OSError, match=str(tmp_path / "file")) as caught:
+            distributed.save_shards(shares, folder)
+        return str(caught.value)
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    one, other = together(work)
+    assert one == other
