@@ -1,5 +1,6 @@
 """Several processes make the run that one makes: real ones, joined by gloo."""
 
+import math
 import os
 import signal
 import socket
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 from processes import free_port, together
 from test_faults import Run
-from test_trainer import batches, dmd2_trainer, trainer, weights
+from test_trainer import batches, changed, dmd2_trainer, trainer, weights
 
 from flashdmd import distributed, draws
+from flashdmd.algorithm import Loss, Method, Rollout, Update
 from flashdmd.errors import UserError
 from flashdmd.trainer import Batch, Trainer
 
@@ -222,3 +224,37 @@ def test_the_others_wait_for_the_first_as_long_as_it_takes(
 def test_the_end_of_another_process_is_known_also_at_the_start(error: RuntimeError) -> None:
     assert distributed.lost(error)
     assert not distributed.lost(RuntimeError("mat1 and mat2"))
+
+
+@pytest.mark.parametrize("update", ["generator", "score"])
+def test_what_is_not_finite_in_one_process_is_skipped_by_all(update: str) -> None:
+    """Of one iteration, in the second of two; they are equal before, then and after."""
+
+    def work() -> tuple[Any, ...]:
+        t = of_rows(trainer("distill", Method(score_coupling=1.0)))
+        loss = t.loss
+
+        def poisoned(asked: Update, samples: Rollout | None, batch: Batch) -> Loss:
+            terms, watch = loss(asked, samples, batch)
+            bad = asked == update and distributed.rank() == 1
+            return Loss({k: v * math.nan for k, v in terms.items()} if bad else terms, watch)
+
+        t.iterate()
+        t.iterate()
+        before, counts = weights(t), dict(t.state.updates)
+        t.loss = poisoned  # type: ignore[method-assign]
+        record = t.iterate()
+        then, skipped = weights(t), counts[update] == t.state.updates[update]
+        t.loss = loss  # type: ignore[method-assign]
+        logs = [t.iterate() for _ in range(2)]
+        own = changed(before, then)
+        return skipped, record.get(f"{update}/skipped"), own, then, weights(t), logs
+
+    one, two = together(work)
+    for skipped, told, own, *_ in (one, two):
+        assert skipped
+        assert told == 1
+        assert update not in own
+    assert not changed(one[3], two[3])
+    assert not changed(one[4], two[4])
+    assert all(not log.keys() & {f"{update}/skipped"} for log in one[5])
