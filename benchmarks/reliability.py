@@ -230,6 +230,8 @@ NOT_COVERED = """## Not covered
 
 - One machine with two cores: processes speak gloo over its loopback. No GPU, no NCCL, no network
   that is cut in two, no machine that goes while others stay, no folder on another machine.
+- No bucket mounted as a folder was tried, such as the one in `launch/skypilot.yaml`. A run appends
+  to logs, renames folders, flushes and locks, and counts on a file system that does so.
 - No power was cut. That files and names are flushed before they count is tested; that a disk keeps
   what it says it has is believed.
 - A bit that flips in memory before it is written is written, with the right hash. One that flips in

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -204,17 +205,33 @@ def test_a_process_that_dies_ends_the_others(
     assert iterations(output) == 2 * (done + 1)
 
 
-def test_accelerate_launches(teacher: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "two.png"
-    words = ["-m", "flashdmd", "sample", str(teacher), "a cat", "a dog", "--steps", "2"]
-    how = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    port = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    launch = [str(BIN / "accelerate"), "launch", *how, *port, *words]
-    process = start([*launch, "--output", str(picture)])
+def by_accelerate(*words: str) -> subprocess.Popen[str]:
+    """The command of docs/runs.md, of two processes and at a port of its own."""
+    (line,) = re.findall(r"^ +accelerate (launch .*)$", (ROOT / "docs/runs.md").read_text(), re.M)
+    how, module, _ = re.split(r"(-m flashdmd) train .*", line.replace("8", "2"))
+    port = ["--main_process_port", str(free_port())]
+    return start([str(BIN / "accelerate"), *how.split(), *port, *module.split(), *words])
+
+
+def test_accelerate_launches_a_run(teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = by_accelerate("train", str(recipe(teacher, output, sharded=True, max_train_steps=1)))
+    said = finished(process)
+    assert process.returncode == 0, said
+    assert said.count("Report: ") == 1
+    assert (output / "report.html").is_file()
+    assert (output / "checkpoint-2/shards").is_dir()  # one process writes none
+    assert checkpoint.latest(output) == output / "checkpoint-2"
+
+
+def test_accelerate_launches_samples(teacher: Path, tmp_path: Path) -> None:
+    picture, prompts = tmp_path / "two.png", ("a cat", "a dog")
+    words = ("sample", str(teacher), *prompts, "--steps", "2", "--output", str(picture))
+    process = by_accelerate(*words)
     said = finished(process)
     assert process.returncode == 0, said
     assert said.count("Wrote ") == 1
-    alone = run.sample(str(teacher), ["a cat", "a dog"], 2, 0, None, tmp_path / "one.png")
+    alone = run.sample(str(teacher), list(prompts), 2, 0, None, tmp_path / "one.png")
     assert picture.read_bytes() == alone.read_bytes()
 
 

@@ -281,11 +281,11 @@ def test_a_student_of_several_files_is_read_back(folder: Path, tmp_path: Path) -
             read_student(teacher.denoiser.twin("student"), tmp_path / "student")
 
 
-FULL = "a tmpfs with 64 KiB left, between two starts of a sharded run of two processes"
-
-
 @pytest.mark.slow
-@pytest.mark.fault("disk: full when shares of a checkpoint are written", FULL)
+@pytest.mark.fault(
+    "disk: full when shares of a checkpoint are written",
+    "a tmpfs with 64 KiB left, between two starts of a sharded run of two processes",
+)
 def test_a_full_disk_is_told_by_each_process_of_a_sharded_run(tmp_path: Path, lost: Lost) -> None:
     disk, output, teacher = tmp_path / "disk", tmp_path / "disk/run", tmp_path / "teacher"
     disk.mkdir()
