@@ -21,7 +21,7 @@ from fuzzing import (
     spoilt_bytes,
     spoilt_value,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashdmd import cli, config, reference, reward_fit, run
@@ -42,7 +42,8 @@ KEYS = [
     "train.",
 ]
 WORDS = st.sampled_from(["emoji", "teacher", "dmd2", "joint", "rl", "bf16", "fp16", "raw", "none"])
-ANY = VALUES | WORDS | st.lists(NUMBERS, max_size=5)
+LARGE = st.sampled_from(["", 1e39, 1e300, 2**31, 10**40])
+ANY = VALUES | WORDS | LARGE | st.lists(NUMBERS, max_size=5)
 
 SCALARS = (
     TEXTS
@@ -120,6 +121,8 @@ def test_a_damaged_file(folder: Path, content: bytes) -> None:
 
 @fuzz(120)
 @given(st.sampled_from(GOOD).flatmap(lambda good: spoilt_value(good, ANY)))
+@example(GOOD[0] | {"train": GOOD[0]["train"] | {"learning_rate": 1e39}})
+@example(GOOD[0] | {"data": GOOD[0]["data"] | {"cache_dir": ""}})
 def test_what_the_schema_refuses_is_refused_and_what_is_taken_is_taken_as_it_is(
     folder: Path, content: Any
 ) -> None:
@@ -144,6 +147,7 @@ def same(kept: Any, given: Any) -> bool:
 
 @fuzz(120)
 @given(st.lists(st.tuples(st.sampled_from(KEYS) | TEXTS, SCALARS | ANY.map(str)), max_size=4))
+@example([("output_dir.x", "1")])
 def test_any_overrides(folder: Path, changes: list[tuple[str, str]]) -> None:
     overrides = [f"{name}={value}" for name, value in changes]
     loaded(SHIPPED[1].read_bytes(), folder, *overrides)
@@ -225,6 +229,7 @@ def trained(here: Path, content: bytes, overrides: list[str]) -> tuple[int | Non
     | yaml_text(),
     st.lists(st.tuples(st.sampled_from(KEYS), SCALARS | ANY.map(str)), max_size=2),
 )
+@example(b"output_dir: out", [("output_dir.x", "1")])
 def test_training_ends_with_2_where_models_are_not_loaded(
     here: Path, content: bytes, changes: list[tuple[str, str]]
 ) -> None:
