@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Commands that are called in this process leave theirs, and Ctrl-C is for all tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is asked

@@ -311,3 +311,16 @@ def test_a_start_of_another_kind_is_told_what_is_wanted(
     assert f"--start {where}: give a folder with" in err
     assert said in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_without_weights_is_told(
+    score_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.json").write_bytes((score_folder / "vae/config.json").read_bytes())
+    words = ("vae", "--start", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert call(monkeypatch, *words) == 2
+    assert "there are no weights (.safetensors) beside" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -336,6 +336,7 @@ NESTED = b'{"a":' * 100_000
         (UNET, {"sample_size": 0}, "sample_size=0; a whole number above 0"),
         (UNET, {"sample_size": -8}, "sample_size=-8; a whole number above 0"),
         (UNET, {"layers_per_block": -1}, "layers_per_block=-1; no network has less"),
+        (UNET, {"mid_block_scale_factor": {}}, "has an object for mid_block_scale_factor"),
         (VAE, {"scaling_factor": "x"}, "scaling_factor='x'.* accepted are a finite number above 0"),
         (VAE, {"scaling_factor": 0}, "scaling_factor=0 "),
         (VAE, {"scaling_factor": NAN}, "scaling_factor=nan"),

@@ -45,7 +45,9 @@ def test_every_fault_that_was_asked_for_is_injected(reliability: Any) -> None:
     assert names >= {
         "checkpoint: a damaged or forged manifest", "checkpoint: a file is truncated",
         "checkpoint: of another family", "data: a worker is killed", "data: the folder vanishes",
-        "disk: full when a checkpoint is written", "disk: read-only", "memory: none left",
+        "disk: full when a checkpoint is written",
+        "disk: full when shares of a checkpoint are written", "disk: read-only",
+        "memory: none left",
         "numbers: a loss that is not finite", "processes: one of them dies",
         "processes: two make a cache at once", "stop: SIGINT", "stop: SIGTERM",
         "stop: two runs in one folder",

@@ -31,6 +31,10 @@ def check_start(folder: Path | None, *kinds: str) -> None:
         raise UserError(f"--start {folder}: give a folder with {wanted}")
     if kinds[told.index(True)] == VAE:
         trust.refuse_unsafe(folder)
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"--start {folder}: there are no weights (.safetensors) beside config.json"
+            )
     else:
         trust.trusted(str(folder), teacher.index_of(str(folder)), {})
 

@@ -132,6 +132,10 @@ def refuse_config(where: str, config: dict[str, Any]) -> None:
         if key.endswith("_implementation") and "/" in str(value):
             raise UserError(f"{where} names {key}={value!r}, code of the hub; {CODE}")
         if isinstance(value, dict):
+            if "_class_name" in config:  # diffusers'; its networks have numbers, texts and lists
+                raise UserError(
+                    f"{where} has an object for {key}, which no network of diffusers has"
+                )
             refuse_config(where, value)
         pattern, most = next(row for row in MOST.items() if re.search(row[0], key))
         for number in value if isinstance(value, list | tuple) else [value]:
