@@ -273,7 +273,7 @@ def test_a_student_of_several_files_is_read_back(folder: Path, tmp_path: Path) -
     )
     index = next(unet.glob("*.index.json"))
     for text, says in (
-        ("[]", "cannot be read"),
+        ("[]", "cannot be loaded: a list"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "beside"),
     ):
         index.write_text(text)

@@ -132,7 +132,7 @@ def refuse_config(where: str, config: dict[str, Any]) -> None:
         if key.endswith("_implementation") and "/" in str(value):
             raise UserError(f"{where} names {key}={value!r}, code of the hub; {CODE}")
         if isinstance(value, dict):
-            if "_class_name" in config:  # diffusers'; its networks have numbers, texts and lists
+            if "_class_name" in config and key != "auto_map":  # that is code nobody asks for
                 raise UserError(
                     f"{where} has an object for {key}, which no network of diffusers has"
                 )
