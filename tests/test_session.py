@@ -231,6 +231,19 @@ def test_weights_that_are_not_finite_are_not_saved(teacher: Teacher, tmp_path: P
     assert [p.name for p in checkpoint.all_of(tmp_path)] == ["checkpoint-0"]
 
 
+def test_what_ends_on_skipped_updates_removes_no_checkpoint(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    """It may have led there, and the ones before are what is left to go on from."""
+    own = session(teacher, train={"checkpoints_total_limit": 1}, output_dir=str(tmp_path))
+    trainer = own.trainer("distill")
+    for n, skipped in enumerate(({}, {"score": 1}, {})):
+        trainer.state.iteration, trainer.state.skipped = n, skipped
+        save(own, trainer)
+        names = [p.name for p in checkpoint.all_of(tmp_path)]
+        assert names == (["checkpoint-0", "checkpoint-1"] if skipped else [f"checkpoint-{n}"])
+
+
 @pytest.mark.parametrize(
     ("updates", "number"), [(100, 1_000_007), (449_999, 1_000_007), (600_000, 2_000_007)]
 )

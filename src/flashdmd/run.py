@@ -70,7 +70,7 @@ def train(recipe: Recipe, resume: bool = True, progress: Progress | None = None)
     """
     output = Path(recipe.output_dir)
     best.check_metric(recipe)
-    beforehand.check_output(Path(recipe.output_dir))
+    beforehand.check_output(output)
     with alone_in(output) if distributed.first() else nullcontext():
         point = distributed.told(beginning(recipe, resume) if distributed.first() else None)
         beforehand.check(recipe)

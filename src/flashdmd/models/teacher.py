@@ -45,6 +45,10 @@ ACCEPTED = (
     "give a diffusers pipeline folder (as written by save_pretrained), a hub id such as "
     "stabilityai/stable-diffusion-xl-base-1.0, or emoji-score or emoji-flow"
 )
+NO_PICTURE = (
+    "holds numbers that are none; its weights or its configurations are damaged, or it was trained "
+    "until it broke"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -179,10 +183,7 @@ class Teacher:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):  # latents are float32
             images = self.family.sample(self.pipeline, prompts, noise, steps, guidance)
         if not np.isfinite(images).all():
-            raise UserError(
-                f"what {self.folder} draws holds numbers that are none; its weights or its "
-                "configurations are damaged, or it was trained until it broke"
-            )
+            raise UserError(f"what {self.folder} draws {NO_PICTURE}")
         pictures: np.ndarray = (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
         return pictures
 
@@ -191,7 +192,7 @@ def to_uint8(images: Float[Tensor, "B 3 H W"]) -> np.ndarray:
     """[-1, 1] -> uint8, rounded as diffusers' image processor does."""
     unit = (images / 2 + 0.5).clamp(0, 1).cpu()
     if not unit.isfinite().all():
-        raise FloatingPointError("what the autoencoder decodes holds numbers that are none")
+        raise UserError(f"what the student draws {NO_PICTURE}")
     pictures: np.ndarray = (unit.numpy() * 255).round().astype(np.uint8)
     return pictures
 
