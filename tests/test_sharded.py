@@ -171,6 +171,7 @@ def test_two_processes_make_each_update_of_one(
     figure(f"{said}: the same at Adam's first step of rate 1e-4", worst["first steps"], "")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_from_any_number_of_processes_to_any(
     folder: Path, tmp_path: Path
 ) -> None:
